@@ -1,0 +1,1 @@
+"""Requests, blocks, scheduling and the loop: everything that happens on the host."""

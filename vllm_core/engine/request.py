@@ -1,0 +1,164 @@
+"""What a client asked (request) and one token stream of it (sequence).
+
+Knows: tokens, sampling parameters, why a stream ended. Does not know: blocks, rows' arrays, devices.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_core.errors import InvalidArgument
+from vllm_core.ops import NUM_COLUMNS, Column, HostArray, Logprobs
+from vllm_core.outputs import FinishReason
+from vllm_core.params import MAX_MIN_TOKENS_STOP_IDS, SamplingParams
+
+GREEDY_BELOW = 1e-5
+"""A temperature below this is greedy: dividing by it would leave float32."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and its n sequences."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    vocab_size: int
+    priority: int = 0
+    """Lower runs earlier under the policy "priority"."""
+    salt: bytes = b""
+    """Requests share cached prefixes only with the same salt."""
+    arrival: int = 0
+    """Counter of arrivals, set by the scheduler."""
+    sequences: list[Sequence] = field(default_factory=list)
+    bias: HostArray | None = None
+    num_prompt_scored: int = 0
+    """Prompt tokens whose log-probabilities are known; the first token has none."""
+
+    def __post_init__(self) -> None:
+        p = self.params
+        seed = p.seed if p.seed is not None else secrets.randbits(63)
+        self.seed = seed % 2**64
+        ends = set(p.stop_token_ids) | (set() if p.ignore_eos else set(self.eos_token_ids))
+        self.stop_ids = sorted(ends)
+        if p.min_tokens and len(ends) > MAX_MIN_TOKENS_STOP_IDS:
+            raise InvalidArgument(
+                f"min_tokens with {len(ends)} stop ids: at most {MAX_MIN_TOKENS_STOP_IDS} can be held back"
+            )
+        self._check_ids()
+        self.bias = self._bias() if p.needs_bias else None
+        limit = self.max_model_len
+        if p.max_tokens is not None:
+            limit = min(limit, len(self.prompt) + p.max_tokens)
+        self.end = limit
+        self.sequences = [Sequence(self, index) for index in range(p.n)]
+
+    def _check_ids(self) -> None:
+        p, size = self.params, self.vocab_size
+        named = [*p.logit_bias, *p.banned_token_ids, *(p.allowed_token_ids or ())]
+        for token in named:
+            if token >= size:
+                raise InvalidArgument(
+                    f"token id {token} does not exist: the vocabulary has {size} tokens"
+                )
+        for token in self.prompt:
+            if not 0 <= token < size:
+                raise InvalidArgument(
+                    f"prompt token id {token} does not exist: the vocabulary has {size} tokens"
+                )
+
+    def _bias(self) -> HostArray:
+        """[V] float32: logit_bias, -inf for banned tokens and those not allowed."""
+        p = self.params
+        values = np.zeros(self.vocab_size, np.float32)
+        for token, bias in p.logit_bias.items():
+            values[token] = bias
+        if p.allowed_token_ids is not None:
+            banned = np.ones(self.vocab_size, bool)
+            banned[list(p.allowed_token_ids)] = False
+            values[banned] = -np.inf
+        values[list(p.banned_token_ids)] = -np.inf
+        return values
+
+    @property
+    def needs_prompt_scores(self) -> bool:
+        """Whether some prompt token's log-probability is still wanted."""
+        wanted = self.params.prompt_logprobs is not None
+        return wanted and self.num_prompt_scored < len(self.prompt) - 1
+
+    @property
+    def is_finished(self) -> bool:
+        return all(s.is_finished for s in self.sequences)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One token stream with its own block table and row."""
+
+    request: Request
+    index: int
+    row: int = -1
+    """Row of the device state; -1 while it waits."""
+    num_in_flight: int = 0
+    """Draws submitted before it was preempted and not yet fetched; it waits for them."""
+    saved: list[int] = field(default_factory=list)
+    """Tokens drawn before the last preemption; while it runs, the row table holds them."""
+    hashes: dict[int, list[bytes]] = field(default_factory=dict)
+    """By block size: the chained hash of each full block of its tokens, as far as known."""
+    num_hit_tokens: int = 0
+    num_preemptions: int = 0
+    is_prompt_done: bool = False
+    """Its prompt's blocks are computed: its siblings may start and share them."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.request.params.logprobs is not None
+
+    def param_row(self, history_slot: int, bias_slot: int) -> HostArray:
+        """[NUM_COLUMNS] int32: what the device must know of this sequence's sampling."""
+        p, request = self.request.params, self.request
+        row = np.zeros(NUM_COLUMNS, np.int32)
+        floats = row.view(np.float32)
+        floats[Column.TEMPERATURE] = p.temperature if p.temperature >= GREEDY_BELOW else 0.0
+        row[Column.TOP_K] = min(p.top_k, request.vocab_size)
+        floats[Column.TOP_P] = p.top_p
+        floats[Column.MIN_P_GAP] = -np.log(p.min_p) if p.min_p > 0 else np.inf
+        floats[Column.PRESENCE] = p.presence_penalty
+        floats[Column.FREQUENCY] = p.frequency_penalty
+        floats[Column.REPETITION] = p.repetition_penalty
+        words = np.array([request.seed & 0xFFFFFFFF, request.seed >> 32], np.uint32)
+        row[[Column.SEED_LOW, Column.SEED_HIGH]] = words.view(np.int32)
+        row[Column.SEQUENCE_INDEX] = self.index
+        row[Column.PROMPT_LEN] = len(request.prompt)
+        row[Column.HISTORY_SLOT] = history_slot
+        row[Column.BIAS_SLOT] = bias_slot
+        row[Column.HELD_IDS :] = -1
+        if p.min_tokens:
+            row[Column.HELD_UNTIL] = len(request.prompt) + p.min_tokens
+            row[Column.HELD_IDS : Column.HELD_IDS + len(request.stop_ids)] = request.stop_ids
+        return row
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that a step did to a sequence."""
+
+    sequence: Sequence
+    token: int | None
+    """The token drawn; None: only its end, or only prompt scores."""
+    logprobs: Logprobs | None = None
+    """Of the drawn token: arrays of one row."""
+    prompt_scores: tuple[int, Logprobs] | None = None
+    """(position of the first scored token, arrays with a row per token)."""

@@ -1,0 +1,490 @@
+"""Decides which sequences run in the next step, and takes in what a step gave.
+
+Continuous batching under one token budget: decoding rows first, then prompts in chunks, then new sequences while rows
+and blocks last. Without blocks the sequence that ranks last is preempted and later computed anew. Steps run ahead:
+a step is planned from bounds, before the tokens of the one before it are known (seam, section 4).
+
+Knows: token budget, free blocks, priorities, declared constraints. Does not know: tensors, devices, text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_core.backend import StepConstraints
+from vllm_core.engine import prefix_cache
+from vllm_core.engine.kv_cache import KVCache
+from vllm_core.engine.queue import WaitingQueue, rank_of
+from vllm_core.engine.request import Event, Request, Sequence
+from vllm_core.engine.rows import Rows
+from vllm_core.errors import CapacityError
+from vllm_core.ops import HostArray, Logprobs, StepResult
+from vllm_core.outputs import FinishReason
+from vllm_core.plan import Plan, StepNeeds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine and the backend allow in one step."""
+
+    num_rows: int
+    token_budget: int
+    max_model_len: int
+    num_history_slots: int
+    num_bias_slots: int
+    max_draws: int
+    constraints: StepConstraints = StepConstraints()
+    enable_prefix_caching: bool = True
+    policy: str = "fcfs"
+
+
+@dataclass
+class Stats:
+    """Counters since the start."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_drawn_tokens: int = 0
+
+
+class Scheduler:
+    """Owns requests from arrival to end; everything else asks it."""
+
+    def __init__(self, kv: KVCache, limits: Limits) -> None:
+        self.kv, self.limits = kv, limits
+        self.rows = Rows(limits.num_rows, limits.max_model_len + 4)
+        self.waiting = WaitingQueue(limits.policy)
+        self.requests: dict[str, Request] = {}
+        self.stats = Stats()
+        self._num_arrivals = 0
+        self._resets: dict[int, HostArray] = {}
+        self._history: list[tuple[int, int, int]] = []
+        self._bias: dict[int, tuple[int, HostArray]] = {}
+        self._free_history = list(range(limits.num_history_slots - 1, -1, -1))
+        self._free_bias = list(range(limits.num_bias_slots - 1, -1, -1))
+        self._query = np.zeros(limits.num_rows, np.int64)
+        budget = limits.token_budget
+        if limits.constraints.max_tokens is not None:
+            budget = min(budget, limits.constraints.max_tokens)
+        self.token_budget = budget
+
+    # ---------------------------------------------------------------- requests
+    def add(self, request: Request) -> None:
+        """Queues a request. CapacityError when it can never run."""
+        length = len(request.prompt)
+        if length >= self.limits.max_model_len:
+            raise CapacityError(
+                f"the prompt has {length} tokens, but the context holds "
+                f"{self.limits.max_model_len} with at least one new token; shorten the prompt "
+                "or raise max_model_len"
+            )
+        if not self.kv.fits_ever(request.end, self.token_budget):
+            need = self.kv.blocks_for(request.end, self.token_budget)
+            have = {i: pool.num_usable for i, pool in enumerate(self.kv.pools)}
+            raise CapacityError(
+                f"a sequence of {request.end} tokens needs {sum(need.values())} KV blocks, but the "
+                f"cache has {sum(have.values())}; lower max_tokens or raise kv_cache_memory"
+            )
+        self._num_arrivals += 1
+        request.arrival = self._num_arrivals
+        self.requests[request.request_id] = request
+        self.stats.num_prompt_tokens += length
+        self.waiting.push(request.sequences[0])  # siblings follow when its prompt is computed
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """Ends a request wherever it is; unknown ids are ignored."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            for sequence in request.sequences:
+                if not sequence.is_finished:
+                    self.finish(sequence, reason)
+
+    def finish(
+        self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None
+    ) -> None:
+        """Ends one sequence and frees what it holds."""
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if sequence.row >= 0:
+            sequence.saved = self.rows.output(sequence.row)
+            self._release(sequence.row)
+        self._start_siblings(sequence)
+        if sequence.request.is_finished:
+            self.requests.pop(sequence.request.request_id, None)
+
+    def pause(self, request_id: str, paused: bool) -> None:
+        """A paused request keeps its blocks and draws nothing: its reader is slow."""
+        request = self.requests.get(request_id)
+        for sequence in request.sequences if request else ():
+            if sequence.row >= 0:
+                self.rows.paused[sequence.row] = paused
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    # ---------------------------------------------------------------- planning
+    def schedule(self) -> Plan | None:
+        """The next step, or None when nothing can run now."""
+        self._query = query = np.zeros(self.rows.num_rows, np.int64)
+        if self.limits.constraints.mixed_ok:
+            self._schedule_decodes()
+            self._schedule_prefills(self.token_budget - int(query.sum()))
+        else:
+            self._schedule_prefills(self.token_budget)
+            if not query.any():
+                self._schedule_decodes()
+        return self._plan(query) if query.any() else None
+
+    def _schedule_decodes(self) -> None:
+        """One token for every row that decodes."""
+        r, query = self.rows, self._query
+        rows = np.flatnonzero(
+            r.active & ~r.paused & (r.bound >= r.goal) & (r.known + r.pending < r.end)
+        )
+        most = min(self.token_budget, self.limits.max_draws)
+        if len(rows) > most:
+            rows = rows[np.argsort(r.rank[rows], kind="stable")[:most]]
+        query[rows] = 1
+        upto = r.bound[rows] + 1
+        self.kv.leave_window(rows, r.bound[rows])
+        short = rows[self.kv.short_rows(rows, upto)]
+        for row in short[np.argsort(r.rank[short], kind="stable")].tolist():
+            if r.active[row]:
+                self._grow(row, int(r.bound[row]) + 1)
+
+    def _schedule_prefills(self, left: int) -> None:
+        """Chunks of prompts that are under way, then of new sequences, in order of rank."""
+        r, query, constraints = self.rows, self._query, self.limits.constraints
+        running = np.flatnonzero(r.active & (r.bound < r.goal))
+        prefilling = running[np.argsort(r.rank[running], kind="stable")].tolist()
+        chunks = constraints.max_prefills if constraints.max_prefills is not None else r.num_rows
+        draws = self.limits.max_draws - int((query > 0).sum())
+        while left > 0 and chunks > 0 and draws > 0:
+            row = prefilling.pop(0) if prefilling else self._admit()
+            if row is None:
+                break
+            if not r.active[row]:
+                continue
+            chunk = self._chunk(int(r.goal[row] - r.bound[row]), left)
+            if not chunk:
+                break
+            self.kv.leave_window(np.array([row]), r.bound[row : row + 1])
+            if self._grow(row, int(r.bound[row]) + chunk):
+                query[row] = chunk
+                left -= chunk
+                chunks -= 1
+                draws -= 1
+
+    def _chunk(self, remaining: int, left: int) -> int:
+        """Tokens of a prompt to compute now."""
+        if remaining <= left:
+            return remaining
+        return left - left % self.limits.constraints.chunk_multiple
+
+    def _grow(self, row: int, upto: int) -> bool:
+        """Blocks below `upto`, preempting those that rank last. False: the row itself had to go."""
+        while not self.kv.grow(row, upto):
+            victim = self._last_ranked()
+            self._preempt(victim)
+            if victim == row:
+                return False
+        return True
+
+    def _last_ranked(self) -> int:
+        r = self.rows
+        rank = np.where(r.active, r.rank + (r.paused.astype(np.int64) << 62), np.iinfo(np.int64).min)
+        return int(rank.argmax())
+
+    def _preempt(self, row: int) -> None:
+        """Row and blocks go at once; tokens in flight still belong to the sequence."""
+        r = self.rows
+        sequence: Sequence = r.owner[row]
+        sequence.saved = r.output(row)
+        sequence.num_in_flight = int(r.pending[row])
+        sequence.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self._release(row)
+        if not sequence.num_in_flight:
+            self.waiting.push(sequence)
+
+    def _release(self, row: int) -> None:
+        r, limits = self.rows, self.limits
+        self.kv.release(row)
+        self._query[row] = 0  # it may have been chosen for the step that is being planned
+        self._resets.pop(row, None)
+        self._bias.pop(row, None)
+        slot = int(r.history_slot[row])
+        if slot < limits.num_history_slots:
+            self._history = [c for c in self._history if c[0] != slot]
+            self._free_history.append(slot)
+        if r.bias_slot[row] < limits.num_bias_slots:
+            self._free_bias.append(int(r.bias_slot[row]))
+        r.release(row)
+
+    def _admit(self) -> int | None:
+        """Gives the next waiting sequence a row; None when none waits or it cannot have one."""
+        sequence = self.waiting.peek()
+        if sequence is None:
+            return None
+        params, request = sequence.request.params, sequence.request
+        tokens = np.array(request.prompt + sequence.saved, np.int32)
+        shares = self.limits.enable_prefix_caching or params.n > 1
+        max_hit = len(tokens) - 1 if shares else 0
+        if sequence.index == 0 and request.needs_prompt_scores:
+            max_hit = 0
+        first = self._hash_root(request)
+        if max_hit:
+            for size in set(self.kv.sizes.tolist()):
+                own = sequence.hashes.setdefault(size, [])
+                prefix_cache.extend(own, first, tokens, size)
+        while True:
+            hit = None
+            if self._has_slots(sequence):
+                row = self.rows.free[-1]
+                hit = self.kv.admit(row, tokens, sequence.hashes, max_hit, self.token_budget)
+            if hit is not None:
+                break
+            if not self._preempt_below(sequence):
+                return None
+        self.waiting.pop()
+        rank = rank_of(sequence, self.limits.policy)
+        self.rows.admit(sequence, tokens, hit, rank, shares)
+        self.stats.num_hit_tokens += hit
+        if not sequence.num_preemptions:
+            sequence.num_hit_tokens = hit
+        self._give_slots(sequence, row, tokens, hit)
+        return row
+
+    def _has_slots(self, sequence: Sequence) -> bool:
+        """Whether a row, and the history and bias slots that it needs, are free."""
+        params = sequence.request.params
+        has_history = not params.needs_history or bool(self._free_history)
+        has_bias = not params.needs_bias or bool(self._free_bias)
+        return bool(self.rows.free) and has_history and has_bias
+
+    def _preempt_below(self, sequence: Sequence) -> bool:
+        """Under the policy "priority": preempts a running sequence that ranks strictly lower."""
+        if self.limits.policy != "priority" or not self.rows.active.any():
+            return False
+        victim = self._last_ranked()
+        other: Sequence = self.rows.owner[victim]
+        if other.request.priority <= sequence.request.priority:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _give_slots(self, sequence: Sequence, row: int, tokens: HostArray, hit: int) -> None:
+        """History and bias slots, and the row's parameters for the device."""
+        r, limits, params = self.rows, self.limits, sequence.request.params
+        r.history_slot[row] = limits.num_history_slots
+        if params.needs_history:
+            slot = r.history_slot[row] = self._free_history.pop()
+            self._history += [(int(slot), i, int(tokens[i])) for i in range(hit)]
+        r.bias_slot[row] = limits.num_bias_slots
+        if sequence.request.bias is not None:
+            slot = r.bias_slot[row] = self._free_bias.pop()
+            self._bias[row] = (int(slot), sequence.request.bias)
+        own = sequence.param_row(int(r.history_slot[row]), int(r.bias_slot[row]))
+        self._resets[row] = np.concatenate((np.array([row, hit], np.int32), own))
+
+    def _hash_root(self, request: Request) -> bytes:
+        salt = request.salt
+        if not self.limits.enable_prefix_caching:  # n > 1 still shares within the request
+            salt += b"\0" + str(request.arrival).encode()
+        return prefix_cache.root(salt)
+
+    def _plan(self, query: HostArray) -> Plan:
+        r = self.rows
+        rows = np.flatnonzero(query)
+        rows = rows[np.argsort(query[rows] > 1, kind="stable")]
+        q, start = query[rows], r.bound[rows]
+        draws = start + q >= r.goal[rows]
+        first = np.cumsum(q) - q
+        token_ids = np.full(int(q.sum()), -1, np.int32)
+        for i in np.flatnonzero(start < r.goal[rows]).tolist():
+            row, begin = rows[i], start[i]
+            token_ids[first[i] : first[i] + q[i]] = r.tokens[row, begin : begin + q[i]]
+        drawing = rows[draws]
+        needs = StepNeeds(
+            draw=bool(r.draw[drawing].any()),
+            filters=bool(r.filters[drawing].any()),
+            penalties=bool(r.penalties[drawing].any()),
+            bias=bool(r.bias[drawing].any()),
+            logprobs=int(r.logprobs[drawing].max(initial=-1)),
+            prompt_logprobs=bool(r.scores_prompt[rows].any()),
+        )
+        plan = Plan(
+            rows=rows,
+            owners=r.owner[rows],
+            epochs=r.epoch[rows],
+            start=start,
+            query_len=q,
+            draws=draws,
+            token_ids=token_ids,
+            resets=np.array(list(self._resets.values()), np.int32).reshape(len(self._resets), -1),
+            table_changes=self.kv.take_changes(),
+            history_changes=np.array(self._history, np.int32).reshape(-1, 3),
+            bias_changes=tuple(self._bias.values()),
+            num_single=int((q == 1).sum()),
+            needs=needs,
+        )
+        self._resets, self._history, self._bias = {}, [], {}
+        r.bound[rows] = start + q
+        r.pending[rows] += draws
+        self.stats.num_steps += 1
+        return plan
+
+    # ---------------------------------------------------------------- results
+    def update(
+        self, plan: Plan, result: StepResult, prompt_scores: dict[int, Logprobs] | None = None
+    ) -> list[Event]:
+        """Takes in a fetched step: tokens, ends, blocks that can be shared. Arrays may be padded."""
+        r, n = self.rows, len(plan.rows)
+        tokens, fault = result.tokens[:n, 0].astype(np.int64), result.fault[:n] > 0
+        live = r.active[plan.rows] & (r.epoch[plan.rows] == plan.epochs)
+        rows = plan.rows[live]
+        r.computed[rows] += plan.query_len[live]
+        events = self._take_prompt_scores(plan, live, prompt_scores) if prompt_scores else []
+
+        drawn = live & plan.draws
+        got = plan.rows[drawn]
+        own = tokens[drawn]
+        r.pending[got] -= 1
+        r.tokens[got, r.known[got]] = own
+        r.known[got] += 1
+        stopped = (own[:, None] == r.stop_ids[got]).any(1) & (r.known[got] >= r.min_len[got])
+        full = r.known[got] >= r.end[got]
+        bad = fault[drawn]
+        events += self._events(plan, drawn, own, result.logprobs, bad)
+        self.stats.num_drawn_tokens += len(got)
+
+        self._register(rows)
+        for i in np.flatnonzero(stopped | full | bad).tolist():
+            row, token = int(got[i]), int(own[i])
+            self._end(row, token, bool(bad[i]), bool(stopped[i]))
+        for i in np.flatnonzero(~live & plan.draws).tolist():
+            events += self._take_orphan(plan, i, int(tokens[i]), bool(fault[i]), result.logprobs)
+        return events
+
+    def _events(
+        self,
+        plan: Plan,
+        drawn: HostArray,
+        tokens: HostArray,
+        logprobs: Logprobs | None,
+        bad: HostArray,
+    ) -> list[Event]:
+        owners = plan.owners[drawn].tolist()
+        if logprobs is None and not bad.any():
+            return [Event(s, t) for s, t in zip(owners, tokens.tolist(), strict=True)]
+        places = np.flatnonzero(drawn).tolist()
+        return [
+            Event(s, None if b else t, _one(logprobs, i) if s.wants_logprobs else None)
+            for s, t, i, b in zip(owners, tokens.tolist(), places, bad.tolist(), strict=True)
+        ]
+
+    def _take_prompt_scores(
+        self, plan: Plan, live: HostArray, prompt_scores: dict[int, Logprobs]
+    ) -> list[Event]:
+        events = []
+        for i, scores in prompt_scores.items():
+            sequence: Sequence = plan.owners[i]
+            request, start = sequence.request, int(plan.start[i]) + 1
+            fresh = request.num_prompt_scored + 1 - start  # computed anew after a preemption
+            count = len(scores.rank)
+            if sequence.is_finished or fresh >= count or fresh < 0:
+                continue
+            request.num_prompt_scored += count - fresh
+            part = Logprobs(scores.ids[fresh:], scores.values[fresh:], scores.rank[fresh:])
+            events.append(Event(sequence, None, prompt_scores=(start + fresh, part)))
+        return events
+
+    def _register(self, rows: HostArray) -> None:
+        """Full blocks whose tokens are known and computed become findable; siblings may then start."""
+        r = self.rows
+        complete = np.minimum(r.computed[rows], r.known[rows])
+        fresh = self.kv.rows_to_register(rows, complete)
+        for row in fresh[r.registers[fresh]].tolist():
+            sequence: Sequence = r.owner[row]
+            upto = min(int(r.computed[row]), int(r.known[row]))
+            first = self._hash_root(sequence.request)
+            self.kv.register(row, r.tokens[row, :upto], sequence.hashes, first)
+        for row in rows[r.has_siblings[rows] & (r.computed[rows] >= r.prompt_len[rows])].tolist():
+            r.has_siblings[row] = False
+            self._start_siblings(r.owner[row])
+
+    def _start_siblings(self, sequence: Sequence) -> None:
+        """Lets the other sequences of the request wait for rows, once."""
+        if not sequence.is_prompt_done:
+            sequence.is_prompt_done = True
+            if sequence.index == 0:
+                for sibling in sequence.request.sequences[1:]:
+                    if not sibling.is_finished:
+                        self.waiting.push(sibling)
+
+    def _end(self, row: int, token: int, bad: bool, stopped: bool) -> None:
+        sequence: Sequence = self.rows.owner[row]
+        if bad:
+            self.rows.known[row] -= 1  # what was drawn from NaN is no token
+            self.kv.forget_row(row)
+            sequence.error = "the model gave logits that are not finite; the request was ended"
+            self.finish(sequence, "error")
+        elif stopped:
+            is_eos = token in sequence.request.eos_token_ids and not (
+                token in sequence.request.params.stop_token_ids
+            )
+            self.finish(sequence, "stop", None if is_eos else token)
+        else:
+            self.finish(sequence, "length")
+
+    def _take_orphan(
+        self, plan: Plan, i: int, token: int, bad: bool, logprobs: Logprobs | None
+    ) -> list[Event]:
+        """A draw whose row was given away since: preempted sequences keep it, ended ones drop it."""
+        sequence: Sequence = plan.owners[i]
+        if sequence.is_finished or not sequence.num_in_flight:
+            return []
+        sequence.num_in_flight -= 1
+        request = sequence.request
+        if bad:
+            sequence.num_in_flight = 0
+            sequence.error = "the model gave logits that are not finite; the request was ended"
+            self.finish(sequence, "error")
+            return [Event(sequence, None)]
+        sequence.saved.append(token)
+        self.stats.num_drawn_tokens += 1
+        event = Event(sequence, token, _one(logprobs, i) if sequence.wants_logprobs else None)
+        length = len(request.prompt) + len(sequence.saved)
+        enough = len(sequence.saved) >= request.params.min_tokens
+        if token in request.stop_ids and enough:
+            is_eos = token in request.eos_token_ids and token not in request.params.stop_token_ids
+            self.finish(sequence, "stop", None if is_eos else token)
+        elif length >= request.end:
+            self.finish(sequence, "length")
+        elif not sequence.num_in_flight:
+            self.waiting.push(sequence)
+        return [event]
+
+    def restart(self) -> None:
+        """The device lost its cache and every step in flight: all running sequences are computed anew."""
+        r = self.rows
+        for row in np.flatnonzero(r.active).tolist():
+            r.pending[row] = 0
+            self._preempt(row)
+        self.kv.forget_all()
+        self.kv.take_changes()
+        for request in self.requests.values():
+            for sequence in request.sequences:
+                if sequence.num_in_flight and not sequence.is_finished:
+                    sequence.num_in_flight = 0
+                    self.waiting.push(sequence)
+
+
+def _one(logprobs: Logprobs | None, row: int) -> Logprobs | None:
+    if logprobs is None:
+        return None
+    return Logprobs(logprobs.ids[row], logprobs.values[row], logprobs.rank[row])

@@ -1,0 +1,69 @@
+"""Values that cross between the core and a framework.
+
+Knows: what a parameter is made of. Does not know: any framework's array type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = Any
+"""numpy.ndarray, torch.Tensor or jax.Array: opaque to the core."""
+
+HostArray: TypeAlias = "np.ndarray[Any, Any]"
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """A host array that is read from its file only when it is needed."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], HostArray]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a parameter along its output axis, in one scheme.
+
+    tensors: the scheme's own names, for "dense" {"weight": [rows, in]} and perhaps {"bias": [rows]}.
+    """
+
+    scheme: str
+    tensors: Mapping[str, HostArray | LazyArray]
+    rows: int
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """What the model needs at one place: a name, its logical shape, and how it may be cut.
+
+    role: linear | embedding | norm | experts | table. A shard boundary is a multiple of `granule`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    axes: tuple[str | None, ...] = ()
+    granule: int = 1
+
+
+@dataclass(frozen=True)
+class Param:
+    """Arrays on the device in a layout that the backend chose, and static facts. A pytree node.
+
+    For the scheme "dense": weight [out, in] (embedding [V, H], norm [H], experts [E, out, in]), bias [out].
+    """
+
+    arrays: dict[str, Array]
+    static: Hashable = field(default="dense")
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]
+
+    def get(self, name: str) -> Array | None:
+        return self.arrays.get(name)
