@@ -30,6 +30,8 @@ def demo(session: nox.Session) -> None:
     """From nothing to an answer on a bare CPU machine; a terminal stays in the chat."""
     install(session, *TREE, "torch")
     session.run("vllm-core", "doctor")
+    fetch = "from vllm_core.weights.demo import ensure_demo_model; print(ensure_demo_model(print))"
+    session.run("python", "-c", fetch)
     prompt = session.posargs or ["--prompt", "What is the capital of France?", "--interactive"]
     session.run("vllm-core", "chat", "--temperature", "0", *prompt)
 

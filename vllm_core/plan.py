@@ -23,7 +23,19 @@ class StepNeeds:
     bias: bool
     logprobs: int
     """Alternatives per drawn token; -1 none at all."""
-    prompt_logprobs: bool
+
+
+@dataclass(frozen=True)
+class PromptTargets:
+    """Prompt tokens of one row whose log-probabilities are wanted."""
+
+    place: int
+    """Index of the row in the plan."""
+    first: int
+    """Index in the step's tokens of the one whose hidden state predicts targets[0]."""
+    targets: Ints
+    count: int
+    """Alternatives per token."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +67,4 @@ class Plan:
     num_single: int
     """Rows with one token; they come first."""
     needs: StepNeeds
+    prompt_targets: tuple[PromptTargets, ...] = ()

@@ -78,6 +78,19 @@ class KVGroup:
     pool: int
     """Groups of one pool draw block ids from one id space."""
 
+    def first_live(self, start: int) -> int:
+        """First column of the table that a query at position `start` can see."""
+        window = self.spec.window
+        return 0 if window is None else max(0, (start - window + 1) // self.block_tokens)
+
+    def blocks_held(self, num_tokens: int, chunk: int) -> int:
+        """Most blocks that a sequence of this length ever holds when it is computed in such chunks."""
+        full = -(-num_tokens // self.block_tokens)
+        if self.spec.window is None:
+            return full
+        live = min(num_tokens, self.spec.window + chunk)
+        return min(full, -(-live // self.block_tokens) + 1)
+
 
 @dataclass(frozen=True)
 class AttentionPlan:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from vllm_core.errors import NotSupported
 from vllm_core.ops import BucketKey, Features
 
 
@@ -37,6 +38,8 @@ class Capabilities:
     """Programs are compiled per bucket, and a new shape costs a compilation."""
     batch_invariant: bool = False
     """The same bits for a row whatever else is in the step."""
+    shares_host_memory: bool = False
+    """The device's memory is the host's: the engine then takes a modest share unless told."""
     exact_host_lengths: bool = False
     """The attention needs exact lengths on the host: the core then does not run ahead."""
 
@@ -51,6 +54,17 @@ class Capabilities:
     shard: bool = False
     kv_dtypes: frozenset[str] = field(default_factory=frozenset)
     """KV formats other than the model dtype."""
+
+    def choose_dtype(self, wanted: str, checkpoint: str | None) -> str:
+        """The dtype to compute in; `wanted` may be "auto". NotSupported names what there is."""
+        if wanted == "auto":
+            return checkpoint if checkpoint in self.dtypes else self.default_dtype
+        if wanted not in self.dtypes:
+            raise NotSupported(
+                f"dtype {wanted} is not among those of this backend: "
+                f"{', '.join(sorted(self.dtypes))}; choose one of them or leave it at auto"
+            )
+        return wanted
 
 
 @dataclass(frozen=True)
@@ -88,11 +102,16 @@ class BucketPolicy:
             return None
         return replace(
             key,
-            tokens=max(tokens, rows) if self.tokens == () else tokens,
+            tokens=tokens,
             rows=rows,
             widths=tuple(w for w in widths if w is not None),
             features=features,
         )
+
+    def cover_logprobs(self, count: int) -> int:
+        """Alternatives per token that a program for `count` of them reports."""
+        found = [f.logprobs for f in self.features if f.logprobs >= count]
+        return min(found, default=count)
 
 
 def _cover(sizes: Iterable[int], need: int) -> int | None:

@@ -80,7 +80,9 @@ class OpenConfig:
     """What a runtime is opened with."""
 
     dtype: str
-    """A numpy name, or "auto": the capabilities' default_dtype."""
+    """A numpy name, or "auto": the checkpoint's own where the device computes in it, else the default."""
+    checkpoint_dtype: str | None = None
+    """What the checkpoint stores, where that is one dtype."""
     device_index: int = 0
     threads: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,14 +1,15 @@
 """Packs a step into one int32 buffer with static offsets per key, and unpacks it on the device.
 
-One upload per step: fifteen small arrays cost several times as much as one (measured in docs/adr/0003).
+One upload per step: fifteen small arrays cost several times as much as one.
 
 Knows: offsets and padding values. Does not know: scheduling, frameworks.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -47,44 +48,44 @@ class StepLayout:
             ("history_changes", (C, 3), self.num_history_slots),
         ]
 
+    @cached_property
+    def places(self) -> tuple[tuple[str, slice, tuple[int, ...]], ...]:
+        """(name, where in the buffer, shape) of each field."""
+        found, at = [], 0
+        for name, shape, _ in self.fields():
+            size = math.prod(shape)
+            found.append((name, slice(at, at + size), shape))
+            at += size
+        return tuple(found)
+
     def template(self) -> HostArray:
         """A read-only buffer that holds padding only."""
-        return _template(self)
+        return self._template
+
+    @cached_property
+    def _template(self) -> HostArray:
+        parts = [np.full(shape, pad, np.int32).ravel() for _, shape, pad in self.fields()]
+        buffer = np.concatenate(parts)
+        views = self.views(buffer)
+        views["logit_rows"][:, 1] = self.key.rows
+        for name, view in views.items():
+            if "changes" in name:
+                view[:, 1:] = 0
+        resets = views["resets"]
+        resets[:, 1] = 0
+        resets[:, 2:] = scrap_params(self.num_history_slots, self.num_bias_slots)
+        buffer.setflags(write=False)
+        return buffer
 
     def views(self, buffer: HostArray) -> dict[str, HostArray]:
         """Named writable views of a host buffer."""
-        found, at = {}, 0
-        for name, shape, _ in self.fields():
-            size = int(np.prod(shape))
-            found[name] = buffer[at : at + size].reshape(shape)
-            at += size
-        return found
+        return {name: buffer[where].reshape(shape) for name, where, shape in self.places}
 
     def unpack(self, buffer: Array) -> StepInput:
         """The same on the device, in any framework: slices and reshapes."""
-        found, at = {}, 0
-        for name, shape, _ in self.fields():
-            size = int(np.prod(shape))
-            found[name] = buffer[at : at + size].reshape(shape)
-            at += size
+        found = {name: buffer[where].reshape(shape) for name, where, shape in self.places}
         tables = tuple(found.pop(f"table_changes{g}") for g in range(len(self.block_tokens)))
         return StepInput(**found, table_changes=tables)
-
-
-@lru_cache(maxsize=256)
-def _template(layout: StepLayout) -> HostArray:
-    parts = [np.full(shape, pad, np.int32).ravel() for _, shape, pad in layout.fields()]
-    buffer = np.concatenate(parts)
-    views = layout.views(buffer)
-    views["logit_rows"][:, 1] = layout.key.rows
-    for name, view in views.items():
-        if "changes" in name:
-            view[:, 1:] = 0
-    resets = views["resets"]
-    resets[:, 1] = 0
-    resets[:, 2:] = scrap_params(layout.num_history_slots, layout.num_bias_slots)
-    buffer.setflags(write=False)
-    return buffer
 
 
 def scrap_params(num_history_slots: int, num_bias_slots: int) -> HostArray:

@@ -9,6 +9,7 @@ Knows: numpy. Does not know: speed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -283,18 +284,17 @@ class Ready:
         return self._value
 
 
+CAPABILITIES = Capabilities(
+    dtypes=frozenset({"float32", "float64"}), default_dtype="float32", shares_host_memory=True
+)
+
+
 class NumpyRuntime(Runtime):
     """Runs programs at once, on copies of what they consume."""
 
     def __init__(self, dtype: str = "float32") -> None:
-        if dtype not in ("float32", "float64"):
-            raise NotSupported(f"the reference backend computes in float32 or float64, not {dtype}")
-        self.caps = Capabilities(
-            dtypes=frozenset({"float32", "float64"}),
-            default_dtype="float32",
-            batch_invariant=dtype == "float64",
-        )
-        self.dtype = dtype
+        self.caps = replace(CAPABILITIES, batch_invariant=dtype == "float64")
+        self.dtype = CAPABILITIES.choose_dtype(dtype, None)
         self.ops = NumpyOps()
         self.attention = NumpyAttention(dtype)
         self.block_tables = RectangleTables(self.ops)
@@ -368,4 +368,4 @@ def _poison(x: HostArray) -> HostArray:
 
 def open_runtime(config: OpenConfig) -> NumpyRuntime:
     """The reference backend's entry."""
-    return NumpyRuntime("float32" if config.dtype == "auto" else config.dtype)
+    return NumpyRuntime(CAPABILITIES.choose_dtype(config.dtype, config.checkpoint_dtype))

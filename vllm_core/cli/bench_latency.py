@@ -43,10 +43,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     seconds: list[float] = []
     with open_llm(args) as llm:
         description = llm.describe()
+        vocab_size = description["model"]["vocab_size"]
         print(format_description(description), file=sys.stderr, flush=True)
         for iteration in range(args.warm_up + args.iterations):
             # New ids every time: a repeated prompt would come from the prefix cache.
-            work = make_workload(lengths, llm.vocab_size, seed + iteration)
+            work = make_workload(lengths, vocab_size, seed + iteration)
             start = time.perf_counter()
             llm.generate(work.prompts, params, progress=False)
             seconds.append(time.perf_counter() - start)

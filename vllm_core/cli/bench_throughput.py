@@ -42,11 +42,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     base = SamplingParams(temperature=args.temperature, ignore_eos=True)
     with open_llm(args) as llm:
         description = llm.describe()
+        vocab_size = description["model"]["vocab_size"]
         print(format_description(description), file=sys.stderr, flush=True)
-        work = make_workload(lengths, llm.vocab_size, seed)
+        work = make_workload(lengths, vocab_size, seed)
         params = [base.replace(max_tokens=length) for length in work.output_lens]
         # First calls allocate and compile. Other ids: the prefix cache must not know the prompts.
-        warm_up = make_workload(lengths[:2], llm.vocab_size, seed + 1)
+        warm_up = make_workload(lengths[:2], vocab_size, seed + 1)
         llm.generate(warm_up.prompts, base.replace(max_tokens=4), progress=False)
         before = llm.stats()
         start = time.perf_counter()

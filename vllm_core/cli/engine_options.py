@@ -78,4 +78,4 @@ def open_llm(args: argparse.Namespace) -> LLM:
     config = engine_config(args)  # before the import: wrong options are refused at once
     from vllm_core.llm import LLM
 
-    return LLM(**asdict(config))
+    return LLM(progress=True, **asdict(config))

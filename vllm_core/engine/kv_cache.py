@@ -41,7 +41,7 @@ class KVCache:
         """Most blocks per pool that one sequence of this length ever holds, computed in such chunks."""
         need = dict.fromkeys(range(len(self.pools)), 0)
         for group in self.groups:
-            need[group.pool] += blocks_held(group, num_tokens, chunk)
+            need[group.pool] += group.blocks_held(num_tokens, chunk)
         return need
 
     def fits_ever(self, num_tokens: int, chunk: int) -> bool:
@@ -86,12 +86,12 @@ class KVCache:
                 self.pools[group.pool].share(block)
                 self._set(g, row, column, block)
             self.num_blocks[g, row] = hit // group.block_tokens
-            self.first_live[g, row] = _first_live(group, hit)
+            self.first_live[g, row] = group.first_live(hit)
             self.num_registered[g, row] = hit // group.block_tokens
         length = len(tokens) + 1
         for i, pool in enumerate(self.pools):
             need = sum(
-                max(0, blocks_held(group, length, chunk) - len(found[g]))
+                max(0, group.blocks_held(length, chunk) - len(found[g]))
                 for g, group in enumerate(self.groups)
                 if group.pool == i
             )
@@ -212,25 +212,9 @@ class KVCache:
         group = self.groups[g]
         own, pool = hashes.get(group.block_tokens, []), self.pools[group.pool]
         found = []
-        for column in range(_first_live(group, hit), hit // group.block_tokens):
+        for column in range(group.first_live(hit), hit // group.block_tokens):
             block = pool.find((g, own[column])) if column < len(own) else None
             if block is None:
                 return None
             found.append((column, block))
         return found
-
-
-def _first_live(group: KVGroup, start: int) -> int:
-    """First column that a query at position `start` can see."""
-    if group.spec.window is None:
-        return 0
-    return max(0, (start - group.spec.window + 1) // group.block_tokens)
-
-
-def blocks_held(group: KVGroup, num_tokens: int, chunk: int) -> int:
-    """Most blocks that a sequence of this length holds in a group when it is computed in chunks."""
-    full = -(-num_tokens // group.block_tokens)
-    if group.spec.window is None:
-        return full
-    live = min(num_tokens, group.spec.window + chunk)
-    return min(full, -(-live // group.block_tokens) + 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -151,9 +152,8 @@ class Sequence:
         return row
 
 
-@dataclass(frozen=True)
-class Event:
-    """One thing that a step did to a sequence."""
+class Event(NamedTuple):
+    """One thing that a step did to a sequence. A tuple, since every row makes one in every step."""
 
     sequence: Sequence
     token: int | None

@@ -20,9 +20,9 @@ from vllm_core.engine.queue import WaitingQueue, rank_of
 from vllm_core.engine.request import Event, Request, Sequence
 from vllm_core.engine.rows import Rows
 from vllm_core.errors import CapacityError
-from vllm_core.ops import HostArray, Logprobs, StepResult
+from vllm_core.ops import NUM_COLUMNS, HostArray, Logprobs, StepResult
 from vllm_core.outputs import FinishReason
-from vllm_core.plan import Plan, StepNeeds
+from vllm_core.plan import Plan, PromptTargets, StepNeeds
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Scheduler:
                 return None
         self.waiting.pop()
         rank = rank_of(sequence, self.limits.policy)
-        self.rows.admit(sequence, tokens, hit, rank, shares)
+        self.rows.admit(sequence, tokens, hit, rank, first if shares else None)
         self.stats.num_hit_tokens += hit
         if not sequence.num_preemptions:
             sequence.num_hit_tokens = hit
@@ -315,7 +315,6 @@ class Scheduler:
             penalties=bool(r.penalties[drawing].any()),
             bias=bool(r.bias[drawing].any()),
             logprobs=int(r.logprobs[drawing].max(initial=-1)),
-            prompt_logprobs=bool(r.scores_prompt[rows].any()),
         )
         plan = Plan(
             rows=rows,
@@ -325,18 +324,31 @@ class Scheduler:
             query_len=q,
             draws=draws,
             token_ids=token_ids,
-            resets=np.array(list(self._resets.values()), np.int32).reshape(len(self._resets), -1),
+            resets=np.array(list(self._resets.values()), np.int32).reshape(-1, 2 + NUM_COLUMNS),
             table_changes=self.kv.take_changes(),
             history_changes=np.array(self._history, np.int32).reshape(-1, 3),
             bias_changes=tuple(self._bias.values()),
             num_single=int((q == 1).sum()),
             needs=needs,
+            prompt_targets=self._prompt_targets(rows, start, q, first),
         )
         self._resets, self._history, self._bias = {}, [], {}
         r.bound[rows] = start + q
         r.pending[rows] += draws
         self.stats.num_steps += 1
         return plan
+
+    def _prompt_targets(
+        self, rows: HostArray, start: HostArray, q: HostArray, first: HostArray
+    ) -> tuple[PromptTargets, ...]:
+        r, found = self.rows, []
+        for i in np.flatnonzero(r.scores_prompt[rows] & (start < r.prompt_len[rows] - 1)).tolist():
+            row, begin = int(rows[i]), int(start[i])
+            end = min(begin + int(q[i]) + 1, int(r.prompt_len[row]))
+            count = r.owner[row].request.params.prompt_logprobs
+            targets = r.tokens[row, begin + 1 : end].copy()
+            found.append(PromptTargets(i, int(first[i]), targets, count))
+        return tuple(found)
 
     # ---------------------------------------------------------------- results
     def update(
@@ -411,7 +423,7 @@ class Scheduler:
         for row in fresh[r.registers[fresh]].tolist():
             sequence: Sequence = r.owner[row]
             upto = min(int(r.computed[row]), int(r.known[row]))
-            first = self._hash_root(sequence.request)
+            first = r.hash_root[row]
             self.kv.register(row, r.tokens[row, :upto], sequence.hashes, first)
         for row in rows[r.has_siblings[rows] & (r.computed[rows] >= r.prompt_len[rows])].tolist():
             r.has_siblings[row] = False

@@ -1,4 +1,4 @@
-"""What a model is: frozen facts, the decoder that follows them, and recipes that read a config into them."""
+"""What a model is: frozen facts, one decoder that follows them, recipes that read configs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Rotary frequencies from a config's rope parameters.
 
-Follows transformers (modeling_rope_utils) in float32. A kind or a key that is not known is refused, never ignored.
+Follows transformers (modeling_rope_utils) in float32. A kind or a key that is not known is refused,
+never ignored.
 
 Knows: default, linear, llama3, yarn. Does not know: layers, ops.
 """
@@ -56,7 +57,7 @@ def rope_spec(parameters: RopeParameters, dim: int, max_position_embeddings: int
 
 
 def context_length(parameters: RopeParameters, max_position_embeddings: int) -> int:
-    """The context that the model was made for: yarn's keys may name a longer one than the config's own field."""
+    """The context that the model is for: yarn's keys may name a longer one than the config."""
     if _checked_kind(parameters) != "yarn" or parameters["factor"] is None:
         return max_position_embeddings
     return max(max_position_embeddings, int(parameters[_LONGER] * parameters["factor"]))
@@ -65,16 +66,18 @@ def context_length(parameters: RopeParameters, max_position_embeddings: int) -> 
 def _checked_kind(parameters: RopeParameters) -> str:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in _KEYS:
-        raise NotSupported(
-            f"the config's rope scaling is {kind!r}; known are {', '.join(_KEYS)}"
-        )
+        raise NotSupported(f"the config's rope scaling is {kind!r}; known are {', '.join(_KEYS)}")
     needed, optional = _KEYS[kind]
     if missing := needed - set(parameters):
         raise ModelError(f"the config's rope scaling {kind!r} lacks {sorted(missing)[0]!r}")
+    for key in needed:
+        value, may_be_none = parameters[key], kind == "yarn" and key == "factor"
+        if not isinstance(value, (int, float)) and not (may_be_none and value is None):
+            raise ModelError(f"the config's rope scaling {kind!r} needs a number as {key}")
     if unknown := set(parameters) - needed - optional - _ALWAYS:
         raise NotSupported(
-            f"the config's rope scaling {kind!r} sets {sorted(unknown)[0]!r}, which is not supported; "
-            f"known are {', '.join(sorted(needed | optional | _ALWAYS))}"
+            f"the config's rope scaling {kind!r} sets {sorted(unknown)[0]!r}, which is not "
+            f"supported; known are {', '.join(sorted(needed | optional | _ALWAYS))}"
         )
     if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise NotSupported(
@@ -104,9 +107,9 @@ def _yarn(
     scale = parameters.get("attention_factor")
     if scale is None:
         mscale, mscale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        both = bool(mscale and mscale_all)
-        scale = _mscale(factor, mscale if both else 1)
-        scale /= _mscale(factor, mscale_all) if both else 1
+        scale = _mscale(factor, 1)
+        if mscale and mscale_all:
+            scale = _mscale(factor, mscale) / _mscale(factor, mscale_all)
 
     def dim_of(rotations: float) -> float:
         return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))

@@ -46,7 +46,7 @@ class MoESpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer. Equal specs mean equal program and equal parameter shapes, so such layers may be stacked."""
+    """One decoder layer. Equal specs mean equal programs and shapes: such layers may be stacked."""
 
     attention: AttentionSpec
     attention_index: int
@@ -93,7 +93,8 @@ class ModelSpec:
 def kv_groups(spec: ModelSpec, block_tokens: int) -> tuple[KVGroup, ...]:
     """The KV groups by id, all with blocks of `block_tokens`.
 
-    Groups whose blocks have the same shape share a pool, and so one space of block ids; pools are numbered from 0.
+    Groups whose blocks have the same shape share a pool, and so one space of block ids; pools are
+    numbered from 0.
     """
     pools: dict[tuple[object, ...], int] = {}
     groups = []

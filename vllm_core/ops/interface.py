@@ -104,6 +104,12 @@ class Ops(ABC):
     ) -> tuple[Array, Any]:
         """Runs body over the layers; spec.kv_layer is the layer's index in its KV group."""
 
+    def repeat(self, count: int, body: Callable[[Any], Any], carry: Any) -> Any:
+        """body applied `count` times to a tree of arrays; worth a loop where programs are traced."""
+        for _ in range(count):
+            carry = body(carry)
+        return carry
+
     # ---- fused ops of models
     @abstractmethod
     def embed(self, ids: Array, param: Param) -> Array:

@@ -69,10 +69,15 @@ def sample(
     size = -(-x.shape[-1] // SEGMENT) * SEGMENT - x.shape[-1]
     if size:  # whole segments; the padding has no mass and comes last in every order
         x = xp.concatenate((x, ops.full((x.shape[0], size), float("-inf"), "float32")), -1)
+    # what a device may flush to 0 is 0, of either sign, so that order and weights agree everywhere
+    x, best = (xp.where((v < SMALLEST_NORMAL) & (v > -SMALLEST_NORMAL), 0.0, v) for v in (x, best))
     temperature = ops.floats(params[:, int(Column.TEMPERATURE)])
     is_drawn = temperature >= SMALLEST_NORMAL
+    # by the reciprocal, since compilers divide by a broadcast that way, and 0 where they may flush it
+    coldness = 1.0 / xp.where(is_drawn, temperature, 1.0)
+    coldness = xp.where(coldness >= SMALLEST_NORMAL, coldness, 0.0)
     # the difference first: logits over a tiny temperature would overflow, their differences may
-    below = (best[:, None] - x) / xp.where(is_drawn, temperature, 1.0)[:, None]
+    below = (best[:, None] - x) * coldness[:, None]
     below = xp.where(below >= 0, below, float("inf"))  # a row of NaN stays harmless
     w = ops.words(xp.round(xp.exp(-below) * 2.0**UNIT))
     if features.filters:
@@ -137,7 +142,8 @@ def _penalized(ops: Ops, x: Array, params: Array, positions: Array, history: Arr
         return ops.floats(params[:, int(which)])[:, None]
 
     repetition = column(Column.REPETITION)
-    x = xp.where(seen_at > 0, xp.where(x > 0, x / repetition, x * repetition), x)
+    factor = xp.where(x > 0, 1.0 / repetition, repetition)
+    x = xp.where(seen_at > 0, x * factor, x)
     x = xp.where(counts > 0, x - counts * column(Column.FREQUENCY) - column(Column.PRESENCE), x)
     return x
 
@@ -159,25 +165,27 @@ def _filtered(ops: Ops, x: Array, below: Array, w: Array, params: Array) -> Arra
     need = (xp.where(is_exact, one_less[0], need[0]), xp.where(is_exact, one_less[1], need[1]))
     w = ops.keep_top(x, w, w, need)
     gap = ops.floats(params[:, int(Column.MIN_P_GAP)])[:, None]
+    gap = xp.where(gap > SMALLEST_NORMAL, gap, SMALLEST_NORMAL)  # a distance below it may be 0
     return xp.where(below <= gap, w, xp.zeros_like(w))
 
 
 def keep_top(ops: Ops, x: Array, w: Array, unit: Array, need: Mass) -> Array:
     """Zeroes all but the shortest prefix by (x descending, id ascending) whose mass of `unit` exceeds `need`.
 
-    x float32; w, unit words; all [R, V padded to segments]. No sort: the last key is found bit by bit.
+    x float32 without -0.0; w, unit words; all [R, V padded to segments]. No sort: the last key is found bit by bit.
     """
     xp = ops.xp
     bits = ops.bits(x)
-    # -0.0 and what a device may flush to 0 are ties with 0; not `x + 0.0`, which compilers drop
-    bits = xp.where((bits & 0x7FFFFFFF) < 0x00800000, 0, bits)
     key = ops.words(xp.where(bits < 0, ~bits, bits ^ -0x80000000))  # unsigned order = order of x
     nothing = xp.zeros_like(unit)
-    threshold = xp.zeros_like(key[:, 0])
-    for bit in range(31, -1, -1):
-        trial = threshold + ops.word(1 << bit)
+
+    def find_bit(found: tuple[Array, Array]) -> tuple[Array, Array]:
+        threshold, bit = found
+        trial = threshold + bit
         inside = mass(ops, xp.where(key >= trial[:, None], unit, nothing))
-        threshold = xp.where(_greater(inside, need), trial, threshold)
+        return xp.where(_greater(inside, need), trial, threshold), bit >> 1
+
+    threshold, _ = ops.repeat(32, find_bit, (xp.zeros_like(key[:, 0]), ops.word(1 << 31)))
     above, tie = key > threshold[:, None], key == threshold[:, None]
     more = mass(ops, xp.where(above, unit, nothing))
     ties = xp.where(tie, unit, nothing)
@@ -274,11 +282,11 @@ def philox(ops: Ops, counter: Sequence[Array], key: tuple[Array, Array]) -> Arra
     """Word 0 of Philox4x32-10 for a counter of four words and a key of two."""
     mask = ops.word(0xFFFFFFFF)
     m0, m1, w0, w1 = (ops.word(value) for value in _PHILOX)
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
+
+    def one_round(words: tuple[Array, ...]) -> tuple[Array, ...]:
+        c0, c1, c2, c3, k0, k1 = words
         h0, l0 = _multiply(c0, m0)
         h1, l1 = _multiply(c2, m1)
-        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
-        k0, k1 = (k0 + w0) & mask, (k1 + w1) & mask
-    return c0
+        return h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0, (k0 + w0) & mask, (k1 + w1) & mask
+
+    return ops.repeat(10, one_round, (*counter, *key))[0]

@@ -134,4 +134,3 @@ class StepResult(NamedTuple):
     num_accepted: Array  # [S] int32; 0 without drafts
     fault: Array  # [S] int32; 1 where the logits hold NaN or no finite maximum
     logprobs: Logprobs | None
-    hidden: Array | None  # [T, H] when the key keeps it

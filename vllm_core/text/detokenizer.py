@@ -164,7 +164,7 @@ class _PiecesToText:
         if not self._run:
             return ""
         text = self._run_text()
-        known = commonprefix((self._run_in_prompt, text))  # noqa: RUF071: these are no paths
+        known = commonprefix((self._run_in_prompt, text))  # noqa: RUF071 (these are no paths)
         own = text[len(known) :]
         self._run.clear()
         self._run_in_prompt = ""

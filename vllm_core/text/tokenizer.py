@@ -144,9 +144,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _load_directory(path: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    # tokenizer.json is complete, while a model's own class may rebuild parts of it from defaults.
     is_complete = (path / "tokenizer.json").exists()
     missing = [] if is_complete else _missing_for_sentencepiece(path)
     if missing:
@@ -154,6 +151,9 @@ def _load_directory(path: Path) -> PreTrainedTokenizerFast:
             f"reading {path / 'tokenizer.model'} needs more libraries: pip install "
             f"{' '.join(missing)}; or name a tokenizer with a tokenizer.json with --tokenizer"
         )
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # tokenizer.json is complete, while a model's own class may rebuild parts of it from defaults.
     chosen = PreTrainedTokenizerFast if is_complete else AutoTokenizer
     try:
         hf = chosen.from_pretrained(path, local_files_only=True, trust_remote_code=False)

@@ -1,7 +1,7 @@
 """Fills a model's parameters from a checkpoint, or with seeded random numbers.
 
-Everything is checked by name, shape and dtype before the first tensor is read; then one parameter at a time is read
-and handed to the runtime.
+Everything is checked by name, shape and dtype before the first tensor is read; then one parameter
+at a time is read and handed to the runtime.
 
 Knows: rules, sources, the runtime's `load`. Does not know: families, layouts.
 """
@@ -38,8 +38,9 @@ def load_params(
 ) -> Params:
     """The parameters on the device, "layers" in the form that `ops.layers` walks.
 
-    `progress` gets the bytes read since its last call; they add up to source.num_bytes(). Raises WeightError for a
-    tensor that is missing, unused, of another shape or not dense; OutOfMemory, NotSupported from the runtime.
+    `progress` gets the bytes read since its last call; they add up to source.num_bytes(). Raises
+    WeightError for a tensor that is missing, unused, of another shape or not dense; OutOfMemory and
+    NotSupported come from the runtime.
     """
     names = _match_names(rules, source)
     meter = _Meter(source, list(names.values()), progress)
@@ -63,9 +64,10 @@ def dummy_params(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Params:
-    """Parameters of the same shapes without a file: norms 1, biases 0, the rest normal with variance 1 / inputs.
+    """Parameters of the same shapes without a file, the same for the same seed.
 
-    The same seed gives the same numbers. `progress` gets the bytes generated since its last call.
+    Norms are 1, biases 0, the rest is normal with variance 1 / inputs. `progress` gets the bytes
+    generated since its last call.
     """
 
     def tensor(rule: TensorRule, spec_name: str, key: str) -> LazyArray:
@@ -166,8 +168,8 @@ def _match_names(rules: WeightRules, source: WeightSource) -> dict[str, str]:
     )
     if unused:
         raise WeightError(
-            f"the checkpoint holds {len(unused)} tensors that the model does not use: {_some(unused)}; "
-            "its config describes another model, or a variant that is not supported"
+            f"the checkpoint holds {len(unused)} tensors that the model does not use: "
+            f"{_some(unused)}; its config describes another model or variant"
         )
     return found
 
@@ -182,13 +184,13 @@ def _actual_name(name: str, prefix: str, there: set[str]) -> str | None:
 def _check_tensor(source: WeightSource, name: str, shape: tuple[int, ...]) -> None:
     if tuple(source.shape(name)) != shape:
         raise WeightError(
-            f"tensor {name!r} has shape {list(source.shape(name))}, but the config asks for {list(shape)}; "
-            "config and weights belong to different models"
+            f"tensor {name!r} has shape {list(source.shape(name))}, but the config asks for "
+            f"{list(shape)}; config and weights belong to different models"
         )
     if source.dtype(name) not in _PLAIN:
         raise WeightError(
-            f"tensor {name!r} has dtype {source.dtype(name)}, but a plain weight has one of {', '.join(_PLAIN)}; "
-            "use a checkpoint that is not quantised"
+            f"tensor {name!r} has dtype {source.dtype(name)}, but a plain weight has one of "
+            f"{', '.join(_PLAIN)}; use a checkpoint that is not quantised"
         )
 
 
@@ -197,7 +199,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 class _Meter:
-    """Reads tensors and tells how far it is, in the source's own bytes (GGUF stores less than it loads)."""
+    """Reads tensors and tells how far it is, in file bytes (GGUF stores less than it loads)."""
 
     def __init__(
         self, source: WeightSource, names: Sequence[str], progress: Progress | None

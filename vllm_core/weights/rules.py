@@ -28,7 +28,7 @@ class TensorRule:
     add: float = 0.0
     """Added in float32: norms that the checkpoint keeps as a distance from 1."""
     experts: int | None = None
-    """names holds, expert by expert, the tensors that are joined along their rows; the experts are stacked."""
+    """How many: names holds, expert by expert, tensors to join along their rows, then to stack."""
 
     @property
     def loaded_shape(self) -> tuple[int, ...]:
@@ -131,7 +131,7 @@ def norm(name: str, source: str, size: int, *, add: float = 0.0, bias: bool = Fa
 def experts(
     name: str, source: str, modules: tuple[str, ...], num_experts: int, rows: int, size: int
 ) -> WeightRule:
-    """[num_experts, modules * rows, size]; `source` holds the place of the expert's number as {expert}."""
+    """[num_experts, modules * rows, size]; `source` holds {expert} for the expert's number."""
     names = tuple(
         f"{source.format(expert=expert)}.{module}.weight"
         for expert in range(num_experts)

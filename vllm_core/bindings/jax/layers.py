@@ -1,7 +1,7 @@
 """Walks the layers of a model as scans, so that compile time does not grow with depth.
 
-Layers whose specs repeat with some period (1: all alike; 2: window, full, window, full, ...) become one run whose
-parameters are stacked; what does not repeat is called directly.
+Layers whose specs repeat with some period (1: all alike; 2: window, full, window, full, ...) become
+one run whose parameters are stacked; what does not repeat is called directly.
 
 Knows: which layers are alike. Does not know: what a layer computes.
 """
@@ -34,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True)
 class StackedLayers:
-    """Per run a tuple of `period` trees; leaves have a leading axis of `repeats` where that is above 1. A pytree."""
+    """Per run `period` trees, leaves [repeats, ...] where repeats is above 1. A pytree."""
 
     trees: tuple[tuple[Any, ...], ...]
     runs: tuple[Run, ...]
@@ -52,7 +52,7 @@ def stack(layers: Sequence[Any], specs: Sequence[Any]) -> StackedLayers:
     kinds = [(spec, _signature(layer)) for layer, spec in zip(layers, specs)]
     trees, runs, at = [], [], 0
     while at < len(layers):
-        run = _longest_run(kinds[at:], [spec.kv_layer for spec in specs[at:]])
+        run = _longest_run(kinds[at:])
         trees.append(tuple(_stacked(layers[at : at + run.period * run.repeats], run)))
         runs.append(run)
         at += run.period * run.repeats
@@ -99,7 +99,7 @@ def _signature(layer: Any) -> Any:
     return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def _longest_run(kinds: Sequence[Any], kv_layers: Sequence[int]) -> Run:
+def _longest_run(kinds: Sequence[Any]) -> Run:
     """The run from the start that covers most layers; the shortest period among those."""
     best = Run(1, 1)
     for period in range(1, min(_MAX_PERIOD, len(kinds) // 2) + 1):

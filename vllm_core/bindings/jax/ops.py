@@ -5,7 +5,7 @@ Knows: jax.numpy, lax. Does not know: buckets, attention, steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ _MOE_TILE = 64
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Contracts one axis of each in float32; HIGHEST, so that no device takes tf32 or bfloat16 passes."""
+    """Contracts one axis of each in float32; HIGHEST: no tf32, no bfloat16 passes."""
     axes = (((a_axis % a.ndim,), (b_axis % b.ndim,)), ((), ()))
     return lax.dot_general(
         a, b, axes, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -31,7 +31,7 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
 
 
 class JaxOps(Ops):
-    """Portable ops. New arrays are made on `device`, uncommitted, so that no call compiles twice."""
+    """Portable ops. New arrays are made on `device`, uncommitted: no call compiles twice."""
 
     name = "jax"
     xp = jnp
@@ -80,7 +80,7 @@ class JaxOps(Ops):
         return x.astype(jnp.uint32)
 
     def word(self, value: int) -> Array:
-        return jnp.uint32(value)
+        return np.uint32(value)  # a constant of the program, not a buffer on some device
 
     def stack_layers(self, layers: Sequence[Any], specs: Sequence[Any]) -> Any:
         return stack(layers, specs)
@@ -89,6 +89,9 @@ class JaxOps(Ops):
         self, body: LayerBody, x: Array, kv: Any, params: Any, specs: Sequence[Any]
     ) -> tuple[Array, Any]:
         return walk(body, x, kv, params, specs)
+
+    def repeat(self, count: int, body: Callable[[Any], Any], carry: Any) -> Any:
+        return lax.fori_loop(0, count, lambda _, values: body(values), carry)
 
     def embed(self, ids: Array, param: Param) -> Array:
         return param["weight"].at[ids].get(mode="clip")
@@ -153,7 +156,7 @@ class JaxOps(Ops):
     def moe_experts(
         self, x: Array, ids: Array, weights: Array, gate_up: Param, down: Param
     ) -> Array:
-        """Tokens sorted by expert, in tiles that belong to one expert each; as many tiles as there are, no more."""
+        """Tokens sorted by expert, in tiles of one expert each; loops over the tiles in use."""
         up_weight, down_weight = gate_up["weight"], down["weight"]
         num_experts, count = up_weight.shape[0], ids.size
         tile = _tile_size(count, num_experts)

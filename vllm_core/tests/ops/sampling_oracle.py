@@ -65,7 +65,8 @@ def pack(rows: Sequence[Row], vocab: int) -> tuple[HostArray, ...]:
     bias = np.zeros((count + 1, vocab), np.float32)
     floats = params.view(np.float32)
     for i, row in enumerate(rows):
-        floats[i, Column.TEMPERATURE] = row.temperature
+        with np.errstate(over="ignore"):
+            floats[i, Column.TEMPERATURE] = row.temperature
         params[i, Column.TOP_K] = row.top_k
         floats[i, Column.TOP_P] = row.top_p
         floats[i, Column.MIN_P_GAP] = row.gap
@@ -101,17 +102,20 @@ def adjusted(logits: HostArray, row: Row) -> HostArray:
         [row.repetition, row.frequency, row.presence], np.float32
     )
     for token in set(row.tokens[: row.place]):
-        x[token] = x[token] / repetition if x[token] > 0 else x[token] * repetition
+        x[token] = x[token] * (1 / repetition) if x[token] > 0 else x[token] * repetition
     drawn = row.tokens[row.prompt_len : row.place]
     for token in set(drawn):
         x[token] = x[token] - np.float32(drawn.count(token)) * frequency - presence
-    return x
+    return np.where(np.abs(x) < SMALLEST_NORMAL, np.float32(0), x)
 
 
 def below(x: HostArray, row: Row) -> HostArray:
     """How far each logit lies under the best, in units of the temperature, float32."""
-    with np.errstate(over="ignore"):
-        return np.asarray((x.max() - x) / np.float32(row.temperature), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        coldness = np.float32(1) / np.float32(row.temperature)
+        coldness = coldness if coldness >= SMALLEST_NORMAL else np.float32(0)
+        distance = (x.max() - x) * coldness
+    return np.where(distance >= 0, distance, np.float32(np.inf))
 
 
 def weights(distance: HostArray) -> list[int]:
@@ -126,7 +130,7 @@ def draw(x: HostArray, row: Row, w: Sequence[Any] | None = None) -> int:
     size = len(x)
     distance = below(x, row)
     w = weights(distance) if w is None else [int(v) for v in w]
-    level = [0.0 if abs(v) < SMALLEST_NORMAL else v for v in x.tolist()]
+    level = x.tolist()
     order = sorted(range(size), key=lambda i: (-level[i], i))
     if 0 < row.top_k < size:
         order = order[: row.top_k]
@@ -134,7 +138,7 @@ def draw(x: HostArray, row: Row, w: Sequence[Any] | None = None) -> int:
     share = Fraction(round(float(np.float32(row.top_p)) * 2**24), 2**24)
     masses = list(accumulate(w[i] for i in order))
     length = next(n for n, mass in enumerate(masses, 1) if mass >= share * total)
-    kept = [i for i in order[:length] if distance[i] <= np.float32(row.gap)]
+    kept = [i for i in order[:length] if distance[i] <= max(row.gap, SMALLEST_NORMAL)]
     uniform = philox(
         (row.place, row.sequence_index, 0, 0),
         (row.seed & 0xFFFFFFFF, row.seed >> 32 & 0xFFFFFFFF),

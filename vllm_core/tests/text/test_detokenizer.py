@@ -11,7 +11,7 @@ from vllm_core.text.detokenizer import IncrementalDetokenizer
 from vllm_core.text.tokenizer import Tokenizer
 
 few = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

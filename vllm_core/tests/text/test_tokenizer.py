@@ -129,6 +129,13 @@ def test_saved_tokenizer_loads_with_its_chat_template(byte_level, tmp_path, text
     assert [loaded.encode(t) for t in texts] == [byte_level.encode(t) for t in texts]
 
 
+def test_tokenizer_file_alone_is_enough(byte_level, tmp_path):
+    byte_level.hf.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("naïve 😀 fox") == byte_level.encode("naïve 😀 fox")
+    assert (loaded.eos_token_ids, loaded.chat_template) == ((), None)
+
+
 def test_vocabulary_and_merges_as_two_files_load_too(byte_level, tmp_path):
     byte_level.hf.backend_tokenizer.model.save(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')

@@ -1,0 +1,213 @@
+"""The engine as its two façades see it: prompts in, outputs out.
+
+Knows: tokenizer, defaults of the model, requests' texts. Does not know: threads, event loops, devices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from typing import Any
+
+from vllm_core.config import EngineConfig
+from vllm_core.engine.core import EngineCore
+from vllm_core.engine.output import RequestState
+from vllm_core.engine.request import Request
+from vllm_core.engine.scheduler import Limits
+from vllm_core.errors import InvalidArgument, ModelError
+from vllm_core.params import SamplingParams
+from vllm_core.runner.worker import Opened, Progress, no_progress, open_model
+from vllm_core.text import chat_template
+from vllm_core.text.tokenizer import Tokenizer, load_tokenizer
+from vllm_core.weights.resolve import ModelFiles, resolve
+
+Prompt = str | Many[int]
+"""Text, or token ids."""
+Message = Mapping[str, Any]
+
+
+class LLMEngine:
+    """One model, ready to answer. Not thread-safe: one thread calls everything."""
+
+    def __init__(self, config: EngineConfig, progress: Progress = no_progress) -> None:
+        self.config = config
+        self.files = resolve(
+            config.model,
+            revision=config.revision,
+            load_format=config.load_format,
+            tokenizer=config.tokenizer,
+        )
+        self.tokenizer = _open_tokenizer(self.files)
+        self.opened: Opened = open_model(config, self.files, progress)
+        runner, plan = self.opened.runner, self.opened.plan
+        caps = runner.runtime.caps
+        limits = Limits(
+            num_rows=config.max_num_seqs,
+            token_budget=self.opened.token_budget,
+            max_model_len=plan.max_model_len,
+            num_history_slots=plan.num_history_slots,
+            num_bias_slots=plan.num_bias_slots,
+            max_draws=min(config.max_num_seqs, caps.max_logit_rows or config.max_num_seqs),
+            constraints=runner.runtime.constraints(),
+            enable_prefix_caching=config.enable_prefix_caching,
+            policy=config.scheduling_policy,
+        )
+        self.core = EngineCore(runner, limits, is_async=config.async_scheduling)
+        self.eos_token_ids = _eos_token_ids(self.files, self.tokenizer)
+        self._states: dict[str, RequestState] = {}
+        self._ids = itertools.count()
+        self._num_unseeded = itertools.count()
+
+    # ---------------------------------------------------------------- in
+    def default_params(self) -> SamplingParams:
+        """What generation_config.json asks for; greedy where it says do_sample is false."""
+        own = self.files.generation_config
+        values: dict[str, Any] = {
+            name: own[name]
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+            if own.get(name) is not None
+        }
+        if own.get("do_sample") is False:
+            values["temperature"] = 0.0
+        return SamplingParams(**values)
+
+    def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text or None, token ids). InvalidArgument for an empty prompt."""
+        if isinstance(prompt, str):
+            ids = self._needs_tokenizer().encode(prompt)
+            text: str | None = prompt
+        else:
+            text, ids = None, [int(token) for token in prompt]
+        if not ids:
+            raise InvalidArgument("the prompt is empty; give at least one token")
+        return text, ids
+
+    def render(self, messages: Many[Message], template: str | None = None) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer."""
+        return chat_template.render(self._needs_tokenizer(), messages, template=template)
+
+    def _needs_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidArgument("this model has no tokenizer; give token ids, or --tokenizer")
+        return self.tokenizer
+
+    def make_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        is_streaming: bool = False,
+    ) -> RequestState:
+        """Checks and tokenises; the request runs once `add` has it."""
+        text, ids = self.encode(prompt)
+        params = params or self.default_params()
+        if params.seed is None and self.config.seed is not None:
+            params = params.replace(seed=self.config.seed + next(self._num_unseeded))
+        if params.stop:
+            self._needs_tokenizer()
+        request = Request(
+            request_id=request_id or f"request-{next(self._ids)}",
+            prompt=ids,
+            params=params,
+            eos_token_ids=self.eos_token_ids,
+            max_model_len=self.opened.plan.max_model_len,
+            vocab_size=self.opened.spec.vocab_size,
+            priority=priority,
+        )
+        return RequestState(request, text, self.tokenizer, is_streaming)
+
+    def add(self, state: RequestState) -> None:
+        """Queues it. CapacityError when it can never run."""
+        self.core.add(state.request)
+        self._states[state.request.request_id] = state
+
+    def abort(self, request_id: str) -> RequestState | None:
+        """Ends a request wherever it is -> its last state; None when it is not running."""
+        state = self._states.pop(request_id, None)
+        self.core.abort(request_id)
+        if state is not None:
+            for sequence in state.request.sequences:
+                state.end(sequence)
+        return state
+
+    # ---------------------------------------------------------------- out
+    @property
+    def has_work(self) -> bool:
+        return self.core.has_work
+
+    def step(self) -> list[RequestState]:
+        """One step -> the requests that changed, each once."""
+        changed: dict[str, RequestState] = {}
+        for event in self.core.step():
+            sequence = event.sequence
+            request_id = sequence.request.request_id
+            state = self._states.get(request_id)
+            if state is None:
+                continue
+            changed[request_id] = state
+            stop = state.take(event)
+            if stop is not None and sequence.finish_reason in (None, "length"):
+                if sequence.finish_reason is None:
+                    self.core.finish(sequence, "stop", stop)
+                else:  # the last token allowed completed the stop string
+                    sequence.finish_reason, sequence.stop_reason = "stop", stop
+            if sequence.is_finished:
+                state.end(sequence)
+        for request_id, state in changed.items():
+            if state.request.is_finished:
+                self._states.pop(request_id, None)
+        return list(changed.values())
+
+    def describe(self) -> dict[str, Any]:
+        """What was found and planned, as plain data for display."""
+        opened, spec, plan = self.opened, self.opened.spec, self.opened.plan
+        backend = opened.choice.backend
+        devices = backend.probe.devices if backend.probe else ()
+        num_blocks = sum(plan.num_blocks.values()) - len(plan.num_blocks)
+        return {
+            "backend": backend.name,
+            "device": devices[0].kind if devices else "none",
+            "reason": opened.choice.reason,
+            "model": {
+                "name": self.files.name,
+                "architecture": spec.architecture,
+                "layers": len(spec.layers),
+                "vocab_size": spec.vocab_size,
+                "dtype": opened.runner.runtime.dtype,
+                "context": plan.max_model_len,
+            },
+            "memory": list(plan.lines),
+            "block_size": plan.block_tokens,
+            "num_kv_blocks": num_blocks,
+            "kv_tokens": num_blocks * plan.block_tokens,
+            "expected_waste": plan.expected_waste,
+        }
+
+    def close(self) -> None:
+        self._states.clear()
+        self.core.close()
+
+
+def _open_tokenizer(files: ModelFiles) -> Tokenizer | None:
+    try:
+        return load_tokenizer(files.tokenizer)
+    except ModelError:
+        if files.load_format == "dummy":  # random weights say nothing anyway
+            return None
+        raise
+
+
+def _eos_token_ids(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Of generation_config.json, else of the config; and the tokenizer's own."""
+    own = files.generation_config.get("eos_token_id")
+    if own is None:
+        own = getattr(files.config, "eos_token_id", None)
+    ids = [] if own is None else own if isinstance(own, list) else [own]
+    if tokenizer is not None:
+        ids = [*ids, *tokenizer.eos_token_ids]
+    return tuple(dict.fromkeys(ids))
+
+

@@ -1,0 +1,1 @@
+"""Turns a plan into programs on one device: packing, compiling, fetching, memory."""
