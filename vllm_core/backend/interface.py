@@ -118,6 +118,8 @@ class Program:
     """Positions of arguments that the caller must not use again."""
     workspace: int = 0
     """The core's estimate of peak bytes beside arguments and results, for devices that cannot measure."""
+    num_results: int | None = None
+    """How many results follow the consumed arguments. A runtime that is not told may have to wait for the program."""
 
 
 class Executable(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
 from vllm_core.cli.description import format_description
@@ -44,6 +45,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with open_llm(args) as llm:
         description = llm.describe()
         vocab_size = description["model"]["vocab_size"]
+        config = asdict(llm.config)
         print(format_description(description), file=sys.stderr, flush=True)
         for iteration in range(args.warm_up + args.iterations):
             # New ids every time: a repeated prompt would come from the prefix cache.
@@ -54,6 +56,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     counted = seconds[args.warm_up :]
     return {
         "engine": description,
+        "config": config,
         "batch_size": args.batch_size,
         "input_len": args.input_len,
         "output_len": args.output_len,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with open_llm(args) as llm:
         description = llm.describe()
         vocab_size = description["model"]["vocab_size"]
+        config = asdict(llm.config)
         print(format_description(description), file=sys.stderr, flush=True)
         work = make_workload(lengths, vocab_size, seed)
         params = [base.replace(max_tokens=length) for length in work.output_lens]
@@ -60,6 +62,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     num_output = sum(len(output.outputs[0].token_ids) for output in outputs)
     return {
         "engine": description,
+        "config": config,
         "num_prompts": len(outputs),
         "trace": args.trace.name if args.trace else None,
         "seed": seed,

@@ -82,8 +82,8 @@ def _inspect(manager: BackendManager, backend: Discovered) -> dict[str, Any]:
         facts["capabilities"] = _plain(runtime.caps)
         runtime.close()
     except Exception as error:  # a plug-in's fault must not hide the others
-        reason = str(error) if isinstance(error, VllmCoreError) else repr(error)
-        facts["error"] = f"it cannot be opened: {reason}"
+        is_told = isinstance(error, VllmCoreError)
+        facts["error"] = str(error) if is_told else f"it cannot be opened: {error!r}"
         facts["traceback"] = traceback.format_exc()
     return facts
 

@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_core import envs
 from vllm_core.errors import InvalidArgument
 
 LENGTH_COLUMNS = (("prompt_tokens", "output_tokens"), ("ContextTokens", "GeneratedTokens"))
 """Column names of prompt and answer lengths: our own, and those of the Azure LLM traces."""
+SHAREGPT_LENGTHS = "traces/sharegpt-lengths/*.csv.gz"
+"""Where the test data has lengths of real conversations."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ def make_workload(lengths: list[tuple[int, int]], vocab_size: int, seed: int) ->
     )
 
 
-def read_trace(path: Path, num: int, seed: int) -> list[tuple[int, int]]:
-    """`num` pairs (prompt length, answer length), drawn without replacement from a CSV (.gz)."""
+def read_lengths(path: Path) -> list[tuple[int, int]]:
+    """Every pair (prompt length, answer length) of a CSV (.gz), in its order; empty ones left out."""
     with _open_csv(path) as rows:
         names = rows.fieldnames or ()
         columns = next((pair for pair in LENGTH_COLUMNS if set(pair) <= set(names)), None)
@@ -57,12 +60,31 @@ def read_trace(path: Path, num: int, seed: int) -> list[tuple[int, int]]:
             raise InvalidArgument(
                 f"--trace {path}, line {rows.line_num}: a length is no whole number: {error}"
             ) from error
-    pairs = [(p, o) for p, o in pairs if p > 0 and o > 0]
+    return [(p, o) for p, o in pairs if p > 0 and o > 0]
+
+
+def read_trace(path: Path, num: int, seed: int) -> list[tuple[int, int]]:
+    """`num` pairs (prompt length, answer length), drawn without replacement from a CSV (.gz)."""
+    pairs = read_lengths(path)
     if len(pairs) < num:
         raise InvalidArgument(
             f"--trace {path} has {len(pairs)} requests, fewer than --num-prompts {num}"
         )
     return random.Random(seed).sample(pairs, num)
+
+
+def sharegpt_trace(given: Path | None) -> Path:
+    """The trace given, else the ShareGPT lengths of the test data. InvalidArgument without either."""
+    if given is not None:
+        return given
+    data = envs.test_data()
+    found = next(iter(sorted(data.glob(SHAREGPT_LENGTHS))), None) if data else None
+    if found is None:
+        raise InvalidArgument(
+            "there is no trace: give --trace FILE.csv[.gz] with the columns prompt_tokens and "
+            "output_tokens, or set VLLM_CORE_TEST_DATA to a folder with traces/sharegpt-lengths"
+        )
+    return found
 
 
 @contextmanager

@@ -56,6 +56,13 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._in_flight)
 
+    @property
+    def is_stalled(self) -> bool:
+        """Nothing is in flight and every running request is paused: a step would do nothing."""
+        rows = self.scheduler.rows
+        waits = bool(self.scheduler.waiting) and bool(rows.free)
+        return not self._in_flight and not waits and not (rows.active & ~rows.paused).any()
+
     def step(self) -> list[Event]:
         """Plans and submits a step, then takes in the oldest one in flight. May return nothing."""
         plan = self.scheduler.schedule()

@@ -1,6 +1,6 @@
-"""What vllm-core learns of this backend before it is opened.
+"""What the CPU backend tells the core about itself, without importing a framework.
 
-Knows: a name, a priority, whether torch is installed, the machine's memory. Does not know: torch.
+Knows: whether torch is installed, what the machine lends us. Does not know: torch.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import importlib.util
 import platform
 from collections.abc import Sequence
 
-import psutil
-
 from vllm_core.backend import BackendInfo, DeviceInfo, Probe, hookimpl
+from vllm_core.bindings import machine
 
 
 @hookimpl
@@ -20,7 +19,7 @@ def vllm_core_backends() -> Sequence[BackendInfo]:
         BackendInfo(
             name="cpu",
             api=">=0.1,<0.2",
-            summary="any CPU, through PyTorch",
+            summary="PyTorch on the CPU",
             priority=0,
             probe="vllm_core_cpu.plugin:probe",
             open="vllm_core_cpu.runtime:open_runtime",
@@ -29,12 +28,9 @@ def vllm_core_backends() -> Sequence[BackendInfo]:
 
 
 def probe() -> Probe:
-    """The machine is one device; it needs torch, which is looked for and not imported."""
+    """One device: the processors and the memory that this process may use."""
     if importlib.util.find_spec("torch") is None:
-        return Probe(
-            reason="torch is not installed",
-            fix="pip install torch (the CPU build from pytorch.org's CPU wheel index is smaller)",
-        )
-    memory = psutil.virtual_memory().total
-    device = DeviceInfo(0, "cpu", platform.machine(), memory)
-    return Probe([device], reason=f"torch is installed, {psutil.cpu_count()} logical cores")
+        return Probe(reason="torch is not installed", fix="pip install 'torch>=2.10,<3'")
+    cpus, (total, _) = machine.usable_cpus(), machine.memory()
+    device = DeviceInfo(0, "cpu", platform.machine(), total)
+    return Probe([device], reason=f"{cpus} usable processors, {total / 2**30:.1f} GiB of memory")

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from vllm_core.errors import BackendError
+
 
 class Deferred:
     """A result that may not exist yet: a field (`result.hidden`) or a part (`x[3:5]`) of it is deferred too."""
@@ -69,6 +71,8 @@ class Stream:
         """Raises the failure of an earlier task, if nobody has seen it yet."""
         if self._failure is not None:
             raise self.deliver()
+        if not self._thread.is_alive():
+            raise BackendError("the runtime is closed; open another")
         future: Future[Any] = Future()
         self._tasks.put((future, task))
         return future

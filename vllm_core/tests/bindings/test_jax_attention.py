@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vllm_core.backend import AttentionSpec, KVFormat, KVGroup, OpenConfig, Program
+from vllm_core.backend import AttentionPlan, AttentionSpec, KVFormat, KVGroup, OpenConfig, Program
 from vllm_core.errors import InvalidArgument, NotSupported
 from vllm_core.ops import NUM_COLUMNS, BucketKey, DeviceState, StepInput, reference
 
 pytest.importorskip("jax", reason="the attention of the jax binding was not checked")
 from vllm_core.bindings.jax import JaxRuntime, open_runtime
 
+Host = np.ndarray[Any, Any]
 NUM_BLOCKS, LAYERS, LAYER = 64, 2, 1
 TOKENS, ROWS = 48, 8
 # (cached, new): decode, decode at a block's end, chunk behind a prefix, prefill, nothing, one token
@@ -40,7 +43,10 @@ class Case:
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(7)
-        draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+        def draw(*shape: int) -> Host:
+            return rng.standard_normal(shape, np.float32)
+
         self.spec = AttentionSpec(
             num_q_heads=self.num_kv * self.group_size,
             num_kv_heads=self.num_kv,
@@ -52,8 +58,14 @@ class Case:
             sinks=self.sinks,
             **self.options,
         )
-        kind = "window" if self.spec.window else "full"
-        self.group = KVGroup(0, kind, self.block, LAYERS, self.spec, pool=0)
+        self.group = KVGroup(
+            id=0,
+            kind="window" if self.spec.window else "full",
+            block_tokens=self.block,
+            layers=LAYERS,
+            spec=self.spec,
+            pool=0,
+        )
         self.width = -(-64 // self.block)
         self.key = BucketKey(self.tokens, ROWS, (self.width,))
         self.keys = [draw(a + b, 2, self.num_kv, self.dim) for a, b in self.rows]
@@ -74,7 +86,7 @@ class Case:
             self.keys[2][:size] = self.keys[0][:size]
             self.tables[2, 0] = self.tables[0, 0]
 
-    def cache(self, junk: float) -> np.ndarray[Any, Any]:
+    def cache(self, junk: float) -> Host:
         """What the cache holds before the step; everything else is junk."""
         shape = (NUM_BLOCKS, LAYERS, 2, self.block, self.num_kv, self.dim)
         cache = np.full(shape, junk, np.float32)
@@ -84,33 +96,35 @@ class Case:
             cache[at[0], LAYER, :, at[1]] = self.keys[row][:cached]
         return cache
 
-    def new(self) -> np.ndarray[Any, Any]:
+    def new(self, only: int | None = None) -> Host:
         """[T, 2, Hkv, D] keys and values of the step; padding is poison."""
         new = np.full((self.tokens, 2, self.num_kv, self.dim), np.nan, np.float32)
-        own = [keys[a:] for keys, (a, _) in zip(self.keys, self.rows)]
-        new[: sum(self.lengths)] = np.concatenate(own)
+        rows = range(len(self.rows)) if only is None else [only]
+        own = np.concatenate([self.keys[row][self.rows[row][0] :] for row in rows])
+        new[: len(own)] = own
         return new
 
-    def state(self) -> DeviceState:
+    def state(self, tables: Host | None = None) -> DeviceState:
         cached = np.array([a for a, _ in self.rows] + [0], np.int32)
         blank = np.zeros((len(cached), NUM_COLUMNS), np.int32)
         history, bias = np.zeros((1, 64), np.int32), np.zeros((1, 8), np.float32)
-        return DeviceState((self.tables,), cached, cached * 0, blank, history, bias)
+        tables = self.tables if tables is None else tables
+        return DeviceState((tables,), cached, cached * 0, blank, history, bias)
 
-    def step(self) -> StepInput:
-        scrap, n = len(self.rows), len(self.rows)
-        row = np.full(ROWS, scrap, np.int32)
+    def step(self, only: int | None = None) -> StepInput:
+        n = len(self.rows)
+        row, start = np.full(ROWS, n, np.int32), np.zeros(ROWS + 1, np.int32)
         row[:n] = np.arange(n)
-        start = np.full(ROWS + 1, sum(self.lengths), np.int32)
-        start[: n + 1] = np.cumsum([0, *self.lengths])
+        lengths = [b if only in (None, r) else 0 for r, b in enumerate(self.lengths)]
+        start[1 : n + 1], start[n + 1 :] = np.cumsum(lengths), sum(lengths)
         resets = np.zeros((1, 2 + NUM_COLUMNS), np.int32)
-        resets[:, 0] = scrap
-        changes, history = np.array([[scrap, 0, 0]], np.int32), np.zeros((1, 3), np.int32)
+        resets[:, 0] = n
+        changes, history = np.array([[n, 0, 0]], np.int32), np.zeros((1, 3), np.int32)
         tokens, logit_rows = np.zeros(self.tokens, np.int32), np.zeros((ROWS, 2), np.int32)
         split = np.zeros(3, np.int32)
         return StepInput(row, start, tokens, logit_rows, split, resets, (changes,), history)
 
-    def expected(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def expected(self) -> tuple[Host, Host]:
         """By the law, in float64, a row at a time."""
         out, lse, at = np.zeros(self.q.shape), np.full(self.q.shape[:2], -np.inf), 0
         for (cached, new), keys in zip(self.rows, self.keys):
@@ -152,34 +166,47 @@ class Attend:
 
         self.run = runtime.compile(Program("attend", program, consumes=(0,)), case.key)
 
-    def __call__(self, junk: float = np.nan) -> tuple[Any, Any, Any]:
-        case, put = self.case, self.runtime.ops.asarray
-        kv = (put(case.cache(junk)),)
-        found = self.run(kv, case.state(), case.step(), case.q, case.new(), case.sink)
+    def __call__(
+        self,
+        junk: float = np.nan,
+        only: int | None = None,
+        q: Host | None = None,
+        tables: Host | None = None,
+    ) -> tuple[Any, Any, Any]:
+        case = self.case
+        kv = (self.runtime.ops.asarray(case.cache(junk)),)
+        q = case.q if q is None else q
+        found = self.run(kv, case.state(tables), case.step(only), q, case.new(only), case.sink)
         cache, out, lse = self.runtime.fetch(found).wait()
         return cache, out, lse
 
 
-CASES = {
-    "group 1": Case(group_size=1),
-    "group 3, dim 64": Case(group_size=3, dim=64),
-    "group 7, dim 80": Case(group_size=7, dim=80),
-    "block 4": Case(block=4),
-    "block 128, wider than a chunk": Case(block=128),
-    "decode only": Case(rows=DECODE, tokens=8),
-    "decode with window": Case(rows=DECODE, tokens=8, options={"window": 5}),
-    "window": Case(block=4, options={"window": 7}),
-    "softcap": Case(options={"softcap": 0.5}),
-    "window and softcap": Case(block=4, options={"window": 40, "softcap": 2.0}),
-    "sinks": Case(sinks=True),
-    "not causal": Case(options={"causal": False}),
+Programs = Callable[[str], Attend]
+
+CASES: dict[str, dict[str, Any]] = {
+    "group 3, dim 64": {"dim": 64},
+    "group 7, dim 80": {"group_size": 7, "dim": 80},
+    "group 1, block 128, wider than a chunk": {"group_size": 1, "block": 128},
+    "decode": {"rows": DECODE, "tokens": 8},
+    "decode with window": {"rows": DECODE, "tokens": 8, "options": {"window": 5}},
+    "window": {"block": 4, "options": {"window": 7}},
+    "window and softcap": {"block": 4, "options": {"window": 40, "softcap": 2.0}},
+    "sinks": {"sinks": True},
+    "not causal, softcap": {"options": {"causal": False, "softcap": 0.5}},
 }
 
 
+@pytest.fixture(scope="module")
+def program_of(runtime: JaxRuntime) -> Programs:
+    """By name of the case; compiled once for all tests."""
+    return cache(lambda name: Attend(runtime, Case(**CASES[name])))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_ragged_mixed_step_equals_the_law(name: str, runtime: JaxRuntime) -> None:
-    case = CASES[name]
-    _, out, lse = Attend(runtime, case)()
+def test_a_ragged_mixed_step_equals_the_law(name: str, program_of: Programs) -> None:
+    attend = program_of(name)
+    case = attend.case
+    _, out, lse = attend()
     want, want_lse = case.expected()
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=3e-6)
     assert not out[sum(case.lengths) :].any()
@@ -191,8 +218,8 @@ def test_a_ragged_mixed_step_equals_the_law(name: str, runtime: JaxRuntime) -> N
 
 
 @pytest.mark.parametrize("name", ["group 3, dim 64", "window", "decode with window"])
-def test_what_must_not_be_seen_changes_no_bit(name: str, runtime: JaxRuntime) -> None:
-    attend = Attend(runtime, CASES[name])
+def test_what_must_not_be_seen_changes_no_bit(name: str, program_of: Programs) -> None:
+    attend = program_of(name)
     _, out, lse = attend(np.nan)
     for junk in (0.0, 1e30, -np.inf):
         _, again, again_lse = attend(junk)
@@ -200,26 +227,21 @@ def test_what_must_not_be_seen_changes_no_bit(name: str, runtime: JaxRuntime) ->
         assert lse.tobytes() == again_lse.tobytes()
 
 
-def test_blocks_that_left_the_window_may_be_the_null_block(runtime: JaxRuntime) -> None:
-    case = Case(block=4, options={"window": 7})
-    attend = Attend(runtime, case)
+def test_blocks_that_left_the_window_may_be_the_null_block(program_of: Programs) -> None:
+    attend = program_of("window")
     _, out, _ = attend()
-    for row, (cached, _) in enumerate(case.rows):
-        case.tables[row, : max(0, cached - 6) // 4] = 0
-    freed = attend.run(
-        (runtime.ops.asarray(case.cache(np.nan)),),
-        case.state(),
-        case.step(),
-        case.q,
-        case.new(),
-        None,
-    )
-    assert out.tobytes() == runtime.fetch(freed[1]).wait().tobytes()
+    freed = attend.case.tables.copy()
+    for row, (cached, _) in enumerate(attend.case.rows):
+        freed[row, : max(0, cached - 6) // 4] = 0
+    assert (freed != attend.case.tables).any()
+    _, again, _ = attend(tables=freed)
+    assert out.tobytes() == again.tobytes()
 
 
-def test_the_step_is_written_at_its_slots_and_nowhere_else(runtime: JaxRuntime) -> None:
-    case = Case()
-    (cache,), _, _ = Attend(runtime, case)(junk=-3.0)
+def test_the_step_is_written_at_its_slots_and_nowhere_else(program_of: Programs) -> None:
+    attend = program_of("group 3, dim 64")
+    case = attend.case
+    (cache,), _, _ = attend(junk=-3.0)
     want = case.cache(-3.0)
     for row, (cached, new) in enumerate(case.rows):
         for j in range(cached, cached + new):
@@ -227,20 +249,14 @@ def test_the_step_is_written_at_its_slots_and_nowhere_else(runtime: JaxRuntime) 
     np.testing.assert_array_equal(cache[1:], want[1:])  # block 0 is the sink of padding
 
 
-def test_a_row_does_not_depend_on_its_company(runtime: JaxRuntime) -> None:
-    case = Case()
-    _, together, _ = Attend(runtime, case)()
-    at = 0
-    for row, (_, new) in enumerate(case.rows):
-        alone = Case(rows=case.rows)
-        alone.lengths = [new if r == row else 0 for r in range(len(case.rows))]
-        alone.rows = tuple((a, n) for (a, _), n in zip(case.rows, alone.lengths))
-        alone.keys = [keys[: a + n] for keys, (a, n) in zip(alone.keys, alone.rows)]
-        alone.q[:new] = case.q[at : at + new]
-        if row == 0:
-            attend = Attend(runtime, alone)
-        attend.case = alone
-        _, out, _ = attend()
+def test_a_row_does_not_depend_on_its_company(program_of: Programs) -> None:
+    attend, at = program_of("group 3, dim 64"), 0
+    case = attend.case
+    _, together, _ = attend()
+    for row, new in enumerate(case.lengths):
+        query = np.zeros_like(case.q)
+        query[:new] = case.q[at : at + new]
+        _, out, _ = attend(only=row, q=query)
         assert out[:new].tobytes() == together[at : at + new].tobytes()
         at += new
 
@@ -275,5 +291,6 @@ def test_what_the_binding_cannot_do_is_refused(runtime: JaxRuntime) -> None:
         runtime.attention.alloc([case.group], {0: 4})
     with pytest.raises(NotSupported, match="one shape"):
         runtime.attention.alloc([Case().group, Case(block=4).group], {0: 4})
+    plan = AttentionPlan((), case.spec, case.group)
     with pytest.raises(InvalidArgument, match="sink"):
-        runtime.attention.attend((), 0, None, None, None, None, sinks=1, return_lse=True)
+        runtime.attention.attend((), 0, None, None, None, plan, sinks=1, return_lse=True)

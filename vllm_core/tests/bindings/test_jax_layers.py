@@ -8,10 +8,10 @@ import pytest
 
 from vllm_core.backend import OpenConfig
 from vllm_core.bindings.numpy import NumpyOps
-from vllm_core.ops import Param
+from vllm_core.ops import Ops, Param
 
 jax = pytest.importorskip("jax", reason="layers as scans were not checked")
-from vllm_core.bindings.jax import JaxOps, open_runtime  # noqa: E402
+from vllm_core.bindings.jax import open_runtime  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def run(ops: Any, windows: list[int | None]) -> tuple[Any, Any]:
     params = ops.stack_layers(layers, specs)
     kv = tuple(ops.asarray(np.zeros(len(specs), np.int32)) for _ in range(2))
     x = ops.asarray(np.ones(4, np.int32)), ops.asarray(np.zeros((), np.int32))
-    return ops.layers(body(ops), x, kv, params, specs)
+    found: tuple[Any, Any] = ops.layers(body(ops), x, kv, params, specs)
+    return found
 
 
 PATTERNS: dict[str, list[int | None]] = {
@@ -57,12 +58,12 @@ PATTERNS: dict[str, list[int | None]] = {
 
 
 @pytest.fixture(scope="module")
-def ops() -> JaxOps:
+def ops() -> Ops:
     return open_runtime(OpenConfig("auto", options={"platform": "cpu"})).ops
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_a_scan_over_layers_equals_the_loop(name: str, ops: JaxOps) -> None:
+def test_a_scan_over_layers_equals_the_loop(name: str, ops: Ops) -> None:
     found, expected = run(ops, PATTERNS[name]), run(NumpyOps(), PATTERNS[name])
     jax.tree_util.tree_map(np.testing.assert_array_equal, found, expected)
 
@@ -78,7 +79,7 @@ def test_a_scan_over_layers_equals_the_loop(name: str, ops: JaxOps) -> None:
     ],
 )
 def test_layers_are_cut_into_the_longest_repeating_runs(
-    name: str, runs: list[tuple[int, int]], ops: JaxOps
+    name: str, runs: list[tuple[int, int]], ops: Ops
 ) -> None:
     specs = specs_of(PATTERNS[name])
     layers = [{"p": Param({"weight": ops.full((2,), 1.0, "float32")})} for _ in specs]
@@ -86,7 +87,7 @@ def test_layers_are_cut_into_the_longest_repeating_runs(
     assert found == runs
 
 
-def test_layers_with_other_parameters_are_not_stacked_together(ops: JaxOps) -> None:
+def test_layers_with_other_parameters_are_not_stacked_together(ops: Ops) -> None:
     def layer(**sizes: int) -> Any:
         return Param({name: ops.full((size,), 1.0, "float32") for name, size in sizes.items()})
 
@@ -96,7 +97,7 @@ def test_layers_with_other_parameters_are_not_stacked_together(ops: JaxOps) -> N
     assert stacked.trees[0][0]["weight"].shape == (2, 2)
 
 
-def test_compile_time_does_not_grow_with_depth(ops: JaxOps) -> None:
+def test_compile_time_does_not_grow_with_depth(ops: Ops) -> None:
     calls = 0
 
     def counted(x: Any, kv: Any, params: Any, spec: Any, index: Any) -> Any:

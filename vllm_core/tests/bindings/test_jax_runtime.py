@@ -134,15 +134,23 @@ def test_a_consumed_value_cannot_be_used_again(runtime: JaxRuntime) -> None:
 
 
 # ---------------------------------------------------------------- to the device and back
+def aligned(count: int, dtype: type) -> Any:
+    """0 .. count-1 at an address that jax would gladly share with the device."""
+    raw = np.zeros(count * 4 + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    found = raw[start : start + count * 4].view(dtype)
+    found[:] = np.arange(count)
+    return found
+
+
 def test_host_memory_is_copied_and_never_aliased(runtime: JaxRuntime) -> None:
     for size in (3, 4096, 1 << 18):
-        host = np.arange(size, dtype=np.int32)
+        host, weight = aligned(size, np.int32), aligned(size, np.float32).reshape(1, -1)
         x = runtime.ops.asarray(host)
         step = runtime.upload(host, NO_ROWS, KEY)
-        part = Part("dense", {"weight": host.reshape(1, -1).astype(np.float32)}, 1)
+        part = Part("dense", {"weight": weight}, 1)
         param = runtime.load(ParamSpec("w", (1, size), "linear"), [part])
-        host[:] = -1
-        part.tensors["weight"][:] = -1
+        host[:], weight[:] = -1, -1
         for device in (x, step.buffer, param["weight"][0]):
             assert runtime.ops.host(device)[-1] == size - 1
         runtime.ops.host(x)[:] = 9

@@ -174,7 +174,7 @@ FAMILIES = {
 
 
 def make_model(name: str) -> Any:
-    """The transformers model, eager attention, float32, with its weights drawn anew and large enough to matter."""
+    """The transformers model in float32, eager, with weights large enough to matter."""
     import torch
     import transformers
 

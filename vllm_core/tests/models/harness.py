@@ -27,7 +27,7 @@ class Row:
 
 
 class Harness:
-    """One model on one runtime. Block ids come in a shuffled order and return when a window passes."""
+    """One model on one runtime. Block ids come shuffled, and return when a window has passed."""
 
     def __init__(
         self,
@@ -45,7 +45,6 @@ class Harness:
         self.size, self.max_tokens, self.max_rows = block_tokens, max_tokens, max_rows
         self.groups = kv_groups(spec, block_tokens)
         self.width = -(-max_len // block_tokens)
-        pools = {group.pool for group in self.groups}
         self.num_blocks = dict.fromkeys(sorted({group.pool for group in self.groups}), num_blocks)
         self._compiled: dict[BucketKey, tuple[StepLayout, Executable]] = {}
         self.restart()
@@ -74,7 +73,7 @@ class Harness:
     def step(
         self, work: Mapping[int, Sequence[int]], keep_hidden: bool = True
     ) -> dict[int, HostArray]:
-        """Computes the tokens of each row; -> logits [n, V] of these tokens by row, or of the last."""
+        """Computes the tokens of each row; -> logits [n, V] of these by row, or of the last."""
         rows = sorted(work, key=lambda row: (len(work[row]) > 1, row))
         lengths = [len(work[row]) for row in rows]
         key = self._key(sum(lengths), len(rows), keep_hidden)
@@ -175,7 +174,7 @@ class Harness:
         return out
 
     def _release(self, sequence: Row) -> None:
-        """Blocks that no later token can see are free for others at once, while the table names them still."""
+        """Blocks that no later token can see go to others at once; the table still names them."""
         for group, own in zip(self.groups, sequence.columns):
             if group.spec.window is None:
                 continue

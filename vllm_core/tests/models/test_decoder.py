@@ -39,7 +39,8 @@ def test_keeping_every_hidden_state_changes_no_logit(tmp_path: Path) -> None:
     ids = list(range(3, 20))
     kept = harness.step({0: ids})[0][-1]
     harness.restart()
-    assert (harness.step({0: ids}, keep_hidden=False)[0] == kept).all()
+    dropped = harness.step({0: ids}, keep_hidden=False)[0][-1]
+    np.testing.assert_allclose(dropped, kept, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ("llama", "gemma3", "gpt2", "mixtral"))
@@ -53,6 +54,18 @@ def test_in_float64_chunks_and_neighbours_change_no_logit_beyond_rounding(
     harness.step({0: ids[:5], 1: ids[7:20]})
     found = harness.step({0: ids[5:], 1: ids[:1]})[0]
     np.testing.assert_allclose(found, alone[5:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("binding", BINDINGS[1:])
+@pytest.mark.parametrize("name", ("gemma2", "gpt2"))
+def test_bfloat16_stays_near_float32(name: str, binding: str, tmp_path: Path) -> None:
+    folder = save(make_model(name), tmp_path)
+    ids = np.random.default_rng(5).integers(3, 96, 21).tolist()
+    want = open_model(folder, open_binding("numpy")).step({0: ids})[0]
+    found = open_model(folder, open_binding(binding, "bfloat16")).step({0: ids})[0]
+    assert found.dtype == np.float32
+    # transformers itself in bfloat16 is off by 0.007 of it in both
+    assert np.sqrt(((found - want) ** 2).mean()) < 0.03 * want.std()
 
 
 @pytest.mark.parametrize("binding", BINDINGS)
@@ -73,7 +86,7 @@ def test_stories260k_chooses_the_recorded_tokens(binding: str) -> None:
         max_rows=1,
     )
     logits = harness.step({0: ids})[0][len(prompt) - 1 : -1]
-    clear = np.array(golden["margins"]) > MARGIN
+    clear = np.array(golden["margin"]) > MARGIN
     assert clear.mean() > 0.9
     assert (logits.argmax(-1) == np.array(output))[clear].all()
     best = logits.max(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Every family against transformers in float32: prefill, chunks, ragged steps and greedy decoding."""
+"""Every family against transformers in float32: prefill, chunks, ragged steps, greedy tokens."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ NUM_NEW = 6
 class Oracle(NamedTuple):
     """What transformers computes."""
 
+    name: str
     folder: Path
     tokens: list[list[int]]
     """Prompt and greedy continuation of each sequence."""
@@ -51,7 +52,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
             tokens.append(ids)
             logits.append(model(torch.tensor([ids])).logits[0].numpy())
-    return Oracle(folder, tokens, logits)
+    return Oracle(name, folder, tokens, logits)
 
 
 @pytest.fixture(scope="module", params=BINDINGS)
@@ -67,7 +68,7 @@ def harness_of(request: pytest.FixtureRequest, oracle: Oracle) -> Harness:
     return Harness(runtime, spec, params)
 
 
-def check(name: str, oracle: Oracle, found: dict[int, list[HostArray]]) -> None:
+def check(harness: Harness, name: str, oracle: Oracle, found: dict[int, list[HostArray]]) -> None:
     worst = 0.0
     for row, chunks in found.items():
         got, want = np.concatenate(chunks), oracle.logits[row]
@@ -76,7 +77,8 @@ def check(name: str, oracle: Oracle, found: dict[int, list[HostArray]]) -> None:
         new = slice(LENGTHS[row] - 1, LENGTHS[row] + NUM_NEW - 1)
         if len(got) == len(want):
             assert got[new].argmax(-1).tolist() == oracle.tokens[row][LENGTHS[row] :]
-    print(f"{oracle.folder.name} {name}: largest difference {worst:.1e}")  # pytest -rP shows it
+    binding = harness.runtime.ops.name
+    print(f"{oracle.name} {name} on {binding}: largest difference {worst:.1e}")  # shown by -rP
     assert worst < TOLERANCE, f"logits differ by {worst:.1e}"
 
 
@@ -87,7 +89,7 @@ def test_logits_are_large_enough_to_tell(oracle: Oracle) -> None:
 def test_whole_prefill_gives_transformers_logits(harness_of: Harness, oracle: Oracle) -> None:
     harness_of.restart()
     found = {row: [harness_of.step({row: oracle.tokens[row]})[row]] for row in (0, 1)}
-    check("prefill", oracle, found)
+    check(harness_of, "prefill", oracle, found)
 
 
 def test_awkward_chunks_and_decoding_give_transformers_logits(
@@ -99,7 +101,7 @@ def test_awkward_chunks_and_decoding_give_transformers_logits(
         found.append(harness_of.step({0: ids[at : at + size]})[0])
         at += size
     assert at == len(ids)
-    check("chunks", oracle, {0: found})
+    check(harness_of, "chunks", oracle, {0: found})
 
 
 def test_ragged_steps_of_two_sequences_give_transformers_logits(
@@ -118,4 +120,4 @@ def test_ragged_steps_of_two_sequences_give_transformers_logits(
             found[row].append(logits)
             at[row] += len(logits)
     assert at == {row: len(ids) for row, ids in enumerate(oracle.tokens)}
-    check("ragged", oracle, found)
+    check(harness_of, "ragged", oracle, found)

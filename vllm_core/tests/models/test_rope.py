@@ -52,7 +52,8 @@ def test_frequencies_and_scale_are_those_of_transformers(name: str, dim: int) ->
         rope_parameters=dict(parameters),
     )
     want, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu")
-    found = rope_spec(config.rope_parameters, dim, 131072)
+    standard: Any = config.rope_parameters
+    found = rope_spec(standard, dim, 131072)
     np.testing.assert_allclose(found.inverse_frequency, want.numpy(), rtol=2e-6, atol=0)
     assert found.scale == pytest.approx(scale, rel=1e-12)
 
