@@ -5,7 +5,7 @@ Knows: lists of prompts, progress, streams. Does not know: scheduling, devices.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Many
 from types import TracebackType
 from typing import Any
@@ -76,7 +76,7 @@ class LLM:
         """Answers one conversation, or many: lists of {"role": ..., "content": ...}."""
         if not messages:
             raise InvalidArgument("there are no messages; give at least one")
-        conversations: Any = [messages] if isinstance(messages[0], dict) else messages
+        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
         ids = [self._engine.render(conversation, chat_template) for conversation in conversations]
         return self.generate(ids, sampling_params, progress=progress)
 

@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import vllm_core
-from vllm_core.cli import bench_latency, bench_throughput
+from vllm_core.cli import (
+    bench_host,
+    bench_latency,
+    bench_memory,
+    bench_throughput,
+    bench_transformers,
+)
 from vllm_core.errors import InvalidArgument
 
-SUMMARY = "measure throughput and latency"
+SUMMARY = "measure throughput, latency, memory and the host's own cost"
 
 BENCHMARKS = {
     "throughput": bench_throughput,
     "latency": bench_latency,
+    "memory": bench_memory,
+    "host": bench_host,
+    "transformers": bench_transformers,
 }
 """Each has SUMMARY, add_arguments(parser) and measure(args) -> plain data."""
 

@@ -43,8 +43,8 @@ def waste(
     """(share of reserved slots that hold nothing, mean live requests) while requests wait.
 
     First come, first served; a prompt is computed in one step, every later step adds a token.
-    Nothing changes between two ends but that each live request grows by a token per step, so the
-    sums go from end to end. InvalidArgument never: the caller's slots hold one context.
+    Between two ends nothing changes but that each live request grows by a token per step, so the
+    sums go from end to end. `slots` must hold one context.
     """
     live: list[tuple[int, int, int]] = []  # (step at which it ends, slots reserved, final length)
     now = reserved = used = 0

@@ -19,6 +19,8 @@ from vllm_core.params import MAX_MIN_TOKENS_STOP_IDS, SamplingParams
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: dividing by it would leave float32."""
 
+MAX_PRIORITY = 2**20
+
 
 @dataclass(eq=False)
 class Request:
@@ -51,6 +53,8 @@ class Request:
             raise InvalidArgument(
                 f"min_tokens with {len(ends)} stop ids: at most {MAX_MIN_TOKENS_STOP_IDS} can be held back"
             )
+        if abs(self.priority) > MAX_PRIORITY:
+            raise InvalidArgument(f"priority must be within ±{MAX_PRIORITY}, not {self.priority}")
         self._check_ids()
         self.bias = self._bias() if p.needs_bias else None
         limit = self.max_model_len

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vllm_core.ops import reference
+from vllm_core.ops import reference, sampling, stepping
 from vllm_core.ops.arrays import HostArray
 from vllm_core.ops.interface import Ops
 
@@ -121,6 +121,8 @@ class Op:
     noise: Law | None = None
     noise_text: str = "exact"
     limits: Limits | None = None
+    limits_16: Limits | None = None
+    """Where they differ for models of 16 bits."""
     float32_out: bool = False
     """Its results are float32 whatever the model's dtype."""
     tested_in: str = "bindings/test_catalogue.py"
@@ -128,10 +130,16 @@ class Op:
 
     @property
     def doc(self) -> str:
-        """Of the method; a reference to another function is followed."""
-        if self.owner != "Ops":
-            from vllm_core.ops import sampling, stepping  # noqa: F401
-        return inspect.getdoc(getattr(Ops, self.name, None)) or ""
+        """The method's docstring, or that of the function which it calls."""
+        text = inspect.getdoc(getattr(Ops, self.name, None)) or ""
+        if text.startswith("See "):
+            module, _, name = text.split()[1].rstrip(".;").partition(".")
+            text = inspect.getdoc(getattr({"sampling": sampling, "stepping": stepping}[module], name)) or ""
+        return text
+
+    def limits_for(self, dtype: str) -> Limits | None:
+        """In a model of this dtype."""
+        return self.limits_16 if self.limits_16 and dtype in ("bfloat16", "float16") else self.limits
 
 
 def z_of(out: HostArray, exact: HostArray, noise: HostArray, dtype: str) -> HostArray:
@@ -140,3 +148,443 @@ def z_of(out: HostArray, exact: HostArray, noise: HostArray, dtype: str) -> Host
     z = error / (ROUNDOFF[dtype] * noise + SMALLEST_NORMAL[dtype])
     same = (out == exact) | (np.isnan(out) & np.isnan(exact))
     return np.where(same, 0.0, np.where(np.isnan(z), np.inf, z))
+
+
+# ---------------------------------------------------------------- inputs that hurt
+def awkward(rng: np.random.Generator, rows: int, width: int) -> HostArray:
+    """[rows, width]: normal, an outlier channel x 1000, denormal, zero, large, an offset that dwarfs the rest."""
+    x = rng.normal(size=(rows, width))
+    x[1::6, width // 2] *= 1000
+    x[2::6] *= 1e-40
+    x[3::6] = 0
+    x[4::6] *= 100
+    x[5::6] += 30
+    return x
+
+
+def _weight(rng: np.random.Generator, *shape: int) -> HostArray:
+    return rng.normal(size=shape) / np.sqrt(shape[-1])
+
+
+SIZES = ((1, 1, 1), (7, 5, 3), (17, 129, 65), (12, 768, 48))
+"""(tokens, inputs, outputs): ones, odd, no powers of two, and one of a model's size."""
+
+
+def _embed_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for tokens, width, vocab in SIZES:
+        ids = rng.integers(0, vocab, tokens).astype(np.int32)
+        weight = Weights("embedding", {"weight": awkward(rng, vocab, width)})
+        yield Case(f"{tokens} of {vocab} x {width}", (Fixed(ids), weight))
+
+
+def _linear_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for tokens, width, out in (*SIZES, (0, 8, 8)):
+        tensors = {"weight": _weight(rng, out, width)}
+        if width % 3:  # with and without
+            tensors["bias"] = rng.normal(size=out)
+        x = Activation(awkward(rng, tokens, width))
+        yield Case(f"{tokens} x {width} -> {out}", (x, Weights("linear", tensors)))
+
+
+def _norm_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for (tokens, width, _), eps in zip((*SIZES, (0, 8, 8)), (1e-5, 1e-6, 1e-5, 1e-12, 1e-5)):
+        weight = Weights("norm", {"weight": 1 + 0.3 * rng.normal(size=width)})
+        yield Case(f"{tokens} x {width}, eps {eps}", (Activation(awkward(rng, tokens, width)), weight, eps))
+
+
+def _add_norm_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for case in _norm_inputs(rng):
+        x, weight, eps = case.args
+        residual = Activation(rng.normal(size=x.value.shape) * 3)
+        yield Case(case.name, (x, residual, weight, eps))
+
+
+def _layer_norm_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for case in _norm_inputs(rng):
+        x, weight, eps = case.args
+        width = x.value.shape[1]
+        if width % 3:
+            weight = Weights("norm", {**weight.tensors, "bias": rng.normal(size=width)})
+        yield Case(case.name, (x, weight, eps))
+
+
+def _rope_table_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for tokens, half, base, scale in ((1, 1, 1e4, 1.0), (19, 32, 1e4, 1.0), (64, 48, 1e6, 1.2079)):
+        positions = rng.integers(0, 2**17, tokens).astype(np.int32)
+        positions[:2] = (0, 131_071)[:tokens]
+        frequency = (base ** -(np.arange(half) / half)).astype(np.float32)
+        yield Case(f"{tokens} positions, base {base:.0e}", (Fixed(positions), frequency, scale))
+
+
+def _rope_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for tokens, heads, dim, half in ((1, 1, 2, 1), (7, 3, 16, 8), (9, 2, 80, 16), (5, 6, 64, 32)):
+        angle = rng.uniform(0, 7, (tokens, half))
+        cos, sin = (Fixed(f(angle).astype(np.float32)) for f in (np.cos, np.sin))
+        x = awkward(rng, tokens * heads, dim).reshape(tokens, heads, dim)
+        yield Case(f"{tokens} x {heads} x {dim}, {2 * half} rotate", (Activation(x), cos, sin))
+
+
+def _gated_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for tokens, width, _ in (*SIZES, (0, 8, 8)):
+        yield Case(f"{tokens} x {2 * width}", (Activation(awkward(rng, tokens, 2 * width)),))
+
+
+def _activation_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for kind in ("relu", "gelu", "gelu_tanh", "silu"):
+        yield Case(kind, (Activation(awkward(rng, 13, 65)), kind))
+
+
+def _route_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for tokens, experts, top_k, renormalize in ((1, 1, 1, True), (9, 5, 3, False), (33, 60, 4, True)):
+        # steps of 1/8 within +-12: no two experts are apart by rounding alone, and many tie
+        logits = np.clip(np.round(rng.normal(size=(tokens, experts)) * 32) / 8, -12, 12)
+        logits[1::4] = np.round(logits[1::4] / 4)
+        valid = np.arange(tokens) < max(1, tokens - 3)
+        name = f"{top_k} of {experts}, {'' if renormalize else 'not '}renormalized"
+        yield Case(name, (Activation(logits), top_k, renormalize, Fixed(valid)))
+
+
+def _expert_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for tokens, width, inner, experts, top_k in ((1, 3, 1, 1, 1), (9, 24, 17, 5, 2), (21, 64, 48, 12, 4)):
+        used = max(1, experts - 2)  # some experts get no token
+        ids = np.array([rng.permutation(used)[:top_k] for _ in range(tokens)], np.int32)
+        shares = rng.dirichlet(np.ones(top_k), tokens).astype(np.float32)
+        ids[max(1, tokens - 2) :], shares[max(1, tokens - 2) :] = experts, 0  # padding
+        gate_up = Weights("experts", {"weight": _weight(rng, experts, 2 * inner, width)})
+        down = Weights("experts", {"weight": _weight(rng, experts, width, inner)})
+        x = Activation(rng.normal(size=(tokens, width)))
+        yield Case(f"{top_k} of {experts}", (x, Fixed(ids), Fixed(shares), gate_up, down))
+
+
+# ---------------------------------------------------------------- laws and their noise
+def _of(params: Mapping[str, HostArray]) -> tuple[HostArray, HostArray | None]:
+    return params["weight"], params.get("bias")
+
+
+def _embed(ids: HostArray, params: Mapping[str, HostArray]) -> tuple[HostArray, ...]:
+    return (params["weight"][ids],)
+
+
+def _linear(x: HostArray, params: Mapping[str, HostArray]) -> tuple[HostArray, ...]:
+    return (reference.linear(x, *_of(params)),)
+
+
+def _linear_noise(ratio: float, x: HostArray, params: Mapping[str, HostArray]) -> tuple[HostArray, ...]:
+    out = np.abs(_linear(x, params)[0])
+    return (out + ratio * _sum_noise(x, params["weight"]),)
+
+
+def _sum_noise(x: HostArray, weight: HostArray) -> HostArray:
+    """Of a float32 sum of k products: sqrt(k) * sqrt(sum a^2 b^2)."""
+    return np.asarray(np.sqrt(x.shape[-1] * ((x * x) @ (weight * weight).T)))
+
+
+def _rms_norm(x: HostArray, params: Mapping[str, HostArray], eps: float) -> tuple[HostArray, ...]:
+    return (reference.rms_norm(x, params["weight"], eps),)
+
+
+FLUSHED = 2.0**-102
+"""(u32/u) times this is what an input may lose that is flushed to 0, in units of u."""
+
+
+def _rms_norm_noise(
+    ratio: float, x: HostArray, params: Mapping[str, HostArray], eps: float
+) -> tuple[HostArray, ...]:
+    scale = np.abs(params["weight"]) / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps)
+    return (np.abs(x) * scale + ratio * FLUSHED * scale,)
+
+
+def _add_rms_norm(
+    x: HostArray, residual: HostArray, params: Mapping[str, HostArray], eps: float
+) -> tuple[HostArray, ...]:
+    total = x + residual
+    return reference.rms_norm(total, params["weight"], eps), total
+
+
+def _add_rms_norm_noise(
+    ratio: float, x: HostArray, residual: HostArray, params: Mapping[str, HostArray], eps: float
+) -> tuple[HostArray, ...]:
+    total = x + residual
+    return (*_rms_norm_noise(ratio, total, params, eps), np.abs(total))
+
+
+def _layer_norm(x: HostArray, params: Mapping[str, HostArray], eps: float) -> tuple[HostArray, ...]:
+    return (reference.layer_norm(x, *_of(params), eps),)
+
+
+def _layer_norm_noise(
+    ratio: float, x: HostArray, params: Mapping[str, HostArray], eps: float
+) -> tuple[HostArray, ...]:
+    weight, bias = _of(params)
+    scale = np.abs(weight) / np.sqrt(np.var(x, -1, keepdims=True) + eps)
+    offset = np.mean(np.abs(x), -1, keepdims=True)  # the mean is subtracted in float32
+    out = np.abs(_layer_norm(x, params, eps)[0]) + ratio * (offset + FLUSHED) * scale
+    return (out if bias is None else out + np.abs(bias),)
+
+
+def _rope_table(positions: HostArray, frequency: HostArray, scale: float) -> tuple[HostArray, ...]:
+    angle = (positions.astype(np.float32)[:, None] * frequency).astype(np.float64)
+    factor = np.float64(np.float32(scale))
+    return np.cos(angle) * factor, np.sin(angle) * factor
+
+
+def _rope_table_noise(
+    ratio: float, positions: HostArray, frequency: HostArray, scale: float
+) -> tuple[HostArray, ...]:
+    n = np.full((len(positions), len(frequency)), scale)
+    return n, n
+
+
+def _rope(x: HostArray, cos: HostArray, sin: HostArray) -> tuple[HostArray, ...]:
+    return (reference.rope(x, cos, sin),)
+
+
+def _rope_noise(ratio: float, x: HostArray, cos: HostArray, sin: HostArray) -> tuple[HostArray, ...]:
+    half, x = cos.shape[-1], np.abs(x)
+    c, s = np.abs(cos)[:, None], np.abs(sin)[:, None]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return (np.concatenate((a * c + b * s, b * c + a * s, x[..., 2 * half :]), -1),)
+
+
+def _slope(x: HostArray, kind: str) -> HostArray:
+    """f'(x) by a central difference: noise needs two digits."""
+    step = 1e-5 * np.maximum(1, np.abs(x))
+    high, low = reference.activation(x + step, kind), reference.activation(x - step, kind)
+    return np.asarray((high - low) / (2 * step))
+
+
+def _activation(x: HostArray, kind: str) -> tuple[HostArray, ...]:
+    with np.errstate(over="ignore"):
+        return (reference.activation(x, kind),)
+
+
+def _activation_noise(ratio: float, x: HostArray, kind: str) -> tuple[HostArray, ...]:
+    with np.errstate(over="ignore"):
+        n = np.abs(reference.activation(x, kind)) + ratio * np.abs(x * _slope(x, kind))
+    if kind.startswith("gelu"):
+        n = n + ratio * np.abs(x) / 2  # 1 + erf and 1 + tanh cancel below 0
+    return (n + ratio * FLUSHED * (1 + np.abs(x)),)  # exp(x) may be flushed before it meets x
+
+
+def _gated(kind: str) -> Law:
+    def law(x: HostArray) -> tuple[HostArray, ...]:
+        half = x.shape[-1] // 2
+        return (_activation(x[:, :half], kind)[0] * x[:, half:],)
+
+    return law
+
+
+def _gated_noise(kind: str) -> Law:
+    def noise(ratio: float, x: HostArray) -> tuple[HostArray, ...]:
+        half = x.shape[-1] // 2
+        return (_activation_noise(ratio, x[:, :half], kind)[0] * np.abs(x[:, half:]),)
+
+    return noise
+
+
+def _moe_route_noise(
+    ratio: float, logits: HostArray, top_k: int, renormalize: bool, valid: HostArray
+) -> tuple[HostArray, ...]:
+    ids, shares = reference.moe_route(logits, top_k, renormalize, valid)
+    depth = 1 + np.ptp(logits, -1, keepdims=True)
+    return ids, shares * depth
+
+
+def _moe_experts(
+    x: HostArray,
+    ids: HostArray,
+    shares: HostArray,
+    gate_up: Mapping[str, HostArray],
+    down: Mapping[str, HostArray],
+) -> tuple[HostArray, ...]:
+    return (reference.moe_experts(x, ids, shares, gate_up["weight"], down["weight"]),)
+
+
+def _moe_experts_noise(
+    ratio: float,
+    x: HostArray,
+    ids: HostArray,
+    shares: HostArray,
+    gate_up: Mapping[str, HostArray],
+    down: Mapping[str, HostArray],
+) -> tuple[HostArray, ...]:
+    """Gate, up and the hidden values may be rounded to the model's dtype on the way."""
+    n = np.zeros_like(x)
+    for token, place in zip(*np.nonzero(ids < len(down["weight"]))):
+        w1, w2 = (p["weight"][ids[token, place]] for p in (gate_up, down))
+        row, half = x[token : token + 1], len(w1) // 2
+        both = reference.linear(row, w1)
+        error = np.abs(both) + ratio * _sum_noise(row, w1)
+        gate, up = both[:, :half], both[:, half:]
+        act = np.abs(reference.activation(gate, "silu"))
+        hidden = _gated("silu")(both)[0]
+        spread = np.abs(hidden) + np.abs(_slope(gate, "silu") * up) * error[:, :half] + act * error[:, half:]
+        out = np.abs(reference.linear(hidden, w2)) + ratio * _sum_noise(hidden, w2)
+        n[token] += shares[token, place] * (out + np.sqrt((spread**2) @ (w2**2).T))[0]
+    return (n,)
+
+
+# ---------------------------------------------------------------- the table
+def _numeric(
+    name: str,
+    law: Law,
+    inputs: Callable[[np.random.Generator], Iterator[Case]],
+    noise: Law,
+    text: str,
+    limits: tuple[float, float],
+    *,
+    float32_out: bool = False,
+    limits_16: Limits | None = None,
+) -> Op:
+    return Op(
+        name,
+        reference=law,
+        inputs=inputs,
+        noise=noise,
+        noise_text=text,
+        limits=Limits(*limits),
+        limits_16=limits_16,
+        float32_out=float32_out,
+    )
+
+
+SUM_NOISE = "|c| + (u32/u) sqrt(k) sqrt(sum a^2 b^2)"
+TWO_HALVES = Limits(8, 128)
+"""Logits of 16-bit operands may be kept as the sum of two 16-bit numbers: 16 bits of a float32, |c| 2^-17 off."""
+
+# Limits fitted 2026-07 on numpy 2 (float32), torch 2.13 CPU and jax 0.10 CPU (float32 and bfloat16), x86-64, about one
+# and a half times the worst of the five. Seen, rms / max: linear 0.34 / 1.2, rms_norm 1.1 / 4.2, add_rms_norm
+# 0.8 / 4.1, layer_norm 0.5 / 3.1, rope_table 0.4 / 1.4, rope 0.4 / 1.7, silu_and_mul 0.3 / 2.7, gelu_and_mul
+# 0.3 / 2.6, activation 0.25 / 1.7, moe_route 0.1 / 0.4, moe_experts 0.16 / 0.6, logprobs max 1.0. Attention's are
+# those of the design.
+_NUMERIC = (
+    Op("embed", reference=_embed, inputs=_embed_inputs),
+    _numeric("linear", _linear, _linear_inputs, _linear_noise, SUM_NOISE, (0.5, 2.5)),
+    _numeric(
+        "logits",
+        _linear,
+        _linear_inputs,
+        _linear_noise,
+        SUM_NOISE,
+        (0.5, 2.5),
+        float32_out=True,
+        limits_16=TWO_HALVES,
+    ),
+    _numeric("rms_norm", _rms_norm, _norm_inputs, _rms_norm_noise, "|y|", (1.5, 6)),
+    _numeric(
+        "add_rms_norm", _add_rms_norm, _add_norm_inputs, _add_rms_norm_noise, "|y|; |x + r|", (1.2, 6)
+    ),
+    _numeric(
+        "layer_norm",
+        _layer_norm,
+        _layer_norm_inputs,
+        _layer_norm_noise,
+        "|y| + |bias| + (u32/u) mean|x| |weight| / deviation",
+        (0.8, 5),
+    ),
+    _numeric(
+        "rope_table",
+        _rope_table,
+        _rope_table_inputs,
+        _rope_table_noise,
+        "scale",
+        (0.6, 2.5),
+        float32_out=True,
+    ),
+    _numeric("rope", _rope, _rope_inputs, _rope_noise, "|x1 cos| + |x2 sin|", (0.6, 2.5)),
+    _numeric(
+        "silu_and_mul",
+        _gated("silu"),
+        _gated_inputs,
+        _gated_noise("silu"),
+        "(|f| + (u32/u) |x f'|) |up|",
+        (0.5, 4),
+    ),
+    _numeric(
+        "gelu_and_mul",
+        _gated("gelu_tanh"),
+        _gated_inputs,
+        _gated_noise("gelu_tanh"),
+        "(|f| + (u32/u) (|x f'| + |x| / 2)) |up|",
+        (0.5, 4),
+    ),
+    _numeric(
+        "activation",
+        _activation,
+        _activation_inputs,
+        _activation_noise,
+        "|f| + (u32/u) |x f'|, for gelu also (u32/u) |x| / 2",
+        (0.42, 3),
+    ),
+    _numeric(
+        "moe_route",
+        reference.moe_route,
+        _route_inputs,
+        _moe_route_noise,
+        "ids exact; p (1 + range of the logits)",
+        (0.2, 1),
+        float32_out=True,
+    ),
+    _numeric(
+        "moe_experts",
+        _moe_experts,
+        _expert_inputs,
+        _moe_experts_noise,
+        "of both sums and of the hidden values rounded between them",
+        (0.3, 1.5),
+    ),
+)
+
+_STEPPING, _SAMPLING = "ops/test_stepping.py", "ops/test_sampling.py"
+_ELSEWHERE = (
+    Op(
+        "attention",
+        owner="AttentionBackend",
+        noise_text="|o| + sqrt(sum p^2 v^2)",
+        limits=Limits(0.42, 2.5),
+        tested_in="bindings/test_attention.py",
+    ),
+    Op("expand", tested_in=_STEPPING),
+    Op("apply", tested_in=_STEPPING),
+    Op("advance", tested_in=_STEPPING),
+    Op("sample", tested_in=_SAMPLING),
+    Op("keep_top", tested_in=_SAMPLING),
+    Op(
+        "logprobs",
+        noise_text="1 + |logit| + |lse|, in nats",
+        limits=Limits(9, 9),
+        float32_out=True,
+        tested_in="ops/test_logprobs.py",
+    ),
+)
+
+OPS: dict[str, Op] = {op.name: op for op in (*_NUMERIC, *_ELSEWHERE)}
+
+
+def page() -> str:
+    """The text of docs/ops.md."""
+    lines = [
+        "# Ops",
+        "",
+        "Made from the catalogue by `python -m vllm_core.ops.catalogue > docs/ops.md`. The error of a result is judged as",
+        "z = |o - o64| / (u n): o64 the law in float64 on the bits that the binding consumed, u the unit roundoff of the",
+        "result's dtype, u32 that of float32, n the noise below. Limits are (root mean square of z, largest z).",
+    ]
+    for op in OPS.values():
+        lines += ["", f"## {op.name}", ""]
+        if op.owner == "Ops":
+            signature = str(inspect.signature(getattr(Ops, op.name))).replace("'", "")
+            lines += [f"    {op.name}{signature}".replace("(self, ", "("), "", op.doc, ""]
+        else:
+            lines += [f"`{op.owner}.attend`; its docstring holds the formula.", ""]
+        lines.append(f"- Noise: {op.noise_text}")
+        if op.limits is not None:
+            lines.append(f"- Limits: ({op.limits.rms:g}, {op.limits.max:g})")
+        if op.limits_16 is not None:
+            lines.append(f"- Limits in models of 16 bits: ({op.limits_16.rms:g}, {op.limits_16.max:g})")
+        lines.append(f"- Tested in: `vllm_core/tests/{op.tested_in}`")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

@@ -215,10 +215,10 @@ class Ops(ABC):
         return sampling.sample(self, logits, params, positions, history, bias, features)
 
     def keep_top(
-        self, x: Array, w: Array, unit: Array, need: tuple[Array, Array]
+        self, z: Array, w: Array, unit: Array, need: tuple[Array, Array]
     ) -> Array:
         """See sampling.keep_top; worth a sort or a candidate list of the device's own."""
-        return sampling.keep_top(self, x, w, unit, need)
+        return sampling.keep_top(self, z, w, unit, need)
 
     def logprobs(self, logits: Array, targets: Array, count: int) -> Logprobs:
         """See sampling.logprobs."""

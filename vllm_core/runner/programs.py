@@ -39,7 +39,7 @@ def step_program(
         )
         return state, kv, result, kept
 
-    return Program("step", run, consumes=(1, 2), workspace=workspace)
+    return Program("step", run, consumes=(1, 2), num_results=2, workspace=workspace)
 
 
 def apply_program(device: Device, num_groups: int) -> Program:
@@ -49,7 +49,7 @@ def apply_program(device: Device, num_groups: int) -> Program:
         changes = Changes(tuple(tables[g] for g in range(num_groups)), history)
         return (device.ops.apply(device.block_tables, state, changes),)
 
-    return Program("apply", run, consumes=(0,))
+    return Program("apply", run, consumes=(0,), num_results=0)
 
 
 def bias_program(device: Device) -> Program:
@@ -58,9 +58,9 @@ def bias_program(device: Device) -> Program:
     def run(state: DeviceState, slot: Array, values: Array) -> tuple[DeviceState]:
         return (state._replace(bias=device.ops.put(state.bias, (slot,), values)),)
 
-    return Program("set_bias", run, consumes=(0,))
+    return Program("set_bias", run, consumes=(0,), num_results=0)
 
 
 def score_program(device: Device, spec: ModelSpec, count: int) -> Program:
     """score(params, hidden [T, H], index [n], targets [n]) -> (Logprobs,)."""
-    return Program("score", partial(score, device, spec, count))
+    return Program("score", partial(score, device, spec, count), num_results=1)

@@ -38,9 +38,8 @@ _FULL = Features(draw=True, filters=True, penalties=True, bias=True)
 _FEATURES = (
     Features(),
     Features(draw=True),
-    Features(logprobs=MAX_LOGPROBS),
+    Features(logprobs=MAX_LOGPROBS, keep_hidden=True),
     _FULL,
-    replace(_FULL, logprobs=MAX_LOGPROBS),
     replace(_FULL, logprobs=MAX_LOGPROBS, keep_hidden=True),
 )
 """From the cheapest to the one that covers all: few, since each is a compilation per shape."""

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from vllm_core.models import ModelSpec, find_recipe
+
 VOCAB = 96
 
 _COMMON = {
@@ -173,16 +177,28 @@ FAMILIES = {
 }
 
 
-def make_model(name: str) -> Any:
-    """The transformers model in float32, eager, with weights large enough to matter."""
-    import torch
+def config_of(name: str, **fields: Any) -> Any:
+    """The family's transformers config, with some fields changed."""
     import transformers
 
-    torch.set_num_threads(1)
     family = FAMILIES[name]
-    config = getattr(transformers, family.config)(**family.fields)
+    return getattr(transformers, family.config)(**(family.fields | fields))
+
+
+def spec_of(name: str, dtype: str = "float32", **fields: Any) -> ModelSpec:
+    """What its recipe makes of that."""
+    config = config_of(name, **fields)
+    return find_recipe(config).spec(config, dtype)
+
+
+def make_model(name: str) -> Any:
+    """The transformers model in float32, eager, with weights large enough to matter."""
+    import transformers
+
+    torch = pytest.importorskip("torch", reason="nothing was compared: the models need torch")
+    torch.set_num_threads(1)
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32
+        config_of(name), attn_implementation="eager", dtype=torch.float32
     ).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

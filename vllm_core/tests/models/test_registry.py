@@ -8,8 +8,7 @@ import pytest
 
 from vllm_core.errors import ModelError, NotSupported
 from vllm_core.models import find_recipe, known_architectures
-from vllm_core.tests.models.families import FAMILIES
-from vllm_core.tests.models.test_spec import config_of, spec_of
+from vllm_core.tests.models.families import FAMILIES, config_of, spec_of
 
 
 class Config:

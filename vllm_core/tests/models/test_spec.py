@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from vllm_core.models import ModelSpec, find_recipe, kv_groups
-from vllm_core.tests.models.families import FAMILIES
-
-
-def config_of(name: str, **fields: Any) -> Any:
-    import transformers
-
-    family = FAMILIES[name]
-    return getattr(transformers, family.config)(**(family.fields | fields))
-
-
-def spec_of(name: str, dtype: str = "float32", **fields: Any) -> ModelSpec:
-    config = config_of(name, **fields)
-    return find_recipe(config).spec(config, dtype)
+from vllm_core.models import kv_groups
+from vllm_core.tests.models.families import FAMILIES, spec_of
 
 
 @pytest.mark.parametrize("name", FAMILIES)

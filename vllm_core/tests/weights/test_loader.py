@@ -13,7 +13,7 @@ from vllm_core.bindings.numpy import NumpyRuntime
 from vllm_core.errors import WeightError
 from vllm_core.models import find_recipe
 from vllm_core.ops import HostArray, Param
-from vllm_core.tests.models.test_spec import config_of
+from vllm_core.tests.models.families import config_of
 from vllm_core.weights.loader import dummy_params, load_params
 from vllm_core.weights.rules import WeightRules
 
