@@ -28,9 +28,13 @@ from vllm_core.backend.interface import (
     Probe,
     Runtime,
 )
-from vllm_core.errors import BackendError
+from vllm_core.backend.lies import missing_methods
+from vllm_core.errors import BackendError, VllmCoreError
 
 __all__ = ["BackendManager", "Choice", "DeviceInfo", "Discovered", "Probe"]
+
+OWN = "vllm-core"
+"""The distribution that brings the built-in backends."""
 
 
 class EntryPoint(Protocol):
@@ -86,7 +90,7 @@ class BackendManager:
     def discover(self) -> list[Discovered]:
         """Every backend, by priority; broken plug-ins last. Never raises for a plug-in's fault."""
         if self._found is None:
-            found = _backends_of(builtin, "builtin", "vllm-core", _version("vllm-core"))
+            found = _backends_of(builtin, "builtin", OWN, _version(OWN))
             for entry in self._entry_points:
                 found += _load(entry)
             found.sort(key=lambda d: (d.error is not None, -(d.info.priority if d.info else 0)))
@@ -115,16 +119,35 @@ class BackendManager:
         assert info is not None
         try:
             runtime = _resolve(info.open)(config)
-        except ImportError as error:
+        except VllmCoreError:
+            raise
+        except Exception as error:
             raise BackendError(
-                f"backend {info.name!r} cannot be opened: {error}; "
+                f"backend {info.name!r} cannot be opened: {_one_line(error)}; "
                 "`vllm-core doctor` tells what to install"
             ) from error
         if not isinstance(runtime, Runtime):
             raise BackendError(
                 f"backend {info.name!r}: {info.open} returned {type(runtime).__name__}, not a Runtime"
             )
+        # the core's own are held to the seam by its tests; null has no numerics on purpose
+        lies = [] if choice.backend.distribution == OWN else missing_methods(runtime)
+        if lies:
+            runtime.close()
+            raise BackendError(
+                f"backend {info.name!r} promises what it does not have: {'; '.join(lies)}"
+            )
         return runtime
+
+    def inspect(self, backend: Discovered) -> str | None:
+        """Why a backend that found a device cannot serve all the same: it is opened and closed again."""
+        if not backend.usable:
+            return backend.error
+        try:
+            self.open(Choice(backend, "to inspect it"), OpenConfig(dtype="auto")).close()
+        except Exception as error:
+            return str(error) if isinstance(error, VllmCoreError) else _one_line(error)
+        return None
 
     def _named(self, name: str) -> Discovered:
         found = self.discover()
@@ -189,12 +212,22 @@ def _backends_of(
                 error="the plug-in names no backend (hook vllm_core_backends)",
             )
         ]
-    return [_judge(info, distribution, version) for info in infos]
+    return [
+        _judge(info, distribution, version)
+        if isinstance(info, BackendInfo)
+        else Discovered(
+            plugin_name,
+            distribution=distribution,
+            version=version,
+            error=f"vllm_core_backends returned {type(info).__name__}, not a BackendInfo",
+        )
+        for info in infos
+    ]
 
 
 def _judge(info: BackendInfo, distribution: str | None, version: str | None) -> Discovered:
     """Checks the version of the seam, then probes."""
-    row = {
+    row: dict[str, Any] = {
         "name": info.name,
         "summary": info.summary,
         "distribution": distribution,

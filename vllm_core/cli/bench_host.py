@@ -2,8 +2,8 @@
 
 The null backend answers at once, so the time of a step is the engine's own: stop checks, block
 allocation and hashing are in, detokenisation is not. The garbage collector runs as a user has it,
-unless --gc says otherwise; its collections during the measured steps are counted and timed. CPU time stands
-beside the clock's, since other work on the machine only shows in the latter.
+unless --gc says otherwise; its collections during the measured steps are counted and timed. CPU
+time stands beside the clock's, since other work on the machine only shows in the latter.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for rows in args.rows:
         found = _measure_rows(rows, args.steps, args.gc)
         results.append(found)
-        figures = (found["p50_ms"], found["p99_ms"], found["cpu_p99_ms"])
-        figures = (*figures, found["p50_ms"] * 1e3 / rows)
+        figures = [found[name] for name in ("p50_ms", "p99_ms", "cpu_p99_ms")]
+        figures.append(found["p50_ms"] * 1e3 / rows)
         line = f"{rows:>6}" + "".join(f"{figure:>12.3f}" for figure in figures)
         print(line, file=sys.stderr, flush=True)
     return {"prompt_len": PROMPT_LEN, "steps": args.steps, "gc": args.gc, "results": results}
@@ -91,7 +91,7 @@ def _measure_rows(num_rows: int, num_steps: int, mode: str) -> dict[str, Any]:
 
 
 def _decoding_core(num_rows: int, num_steps: int) -> EngineCore:
-    """Every prompt computed, every row with a token in flight and more to draw than will be asked."""
+    """Every prompt is computed, and every row has more to draw than will be asked."""
     from vllm_core.cli.null_core import VOCAB_SIZE, default_block_size, open_null_core
     from vllm_core.engine.request import Request
     from vllm_core.params import SamplingParams

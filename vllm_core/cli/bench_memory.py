@@ -119,9 +119,9 @@ def _lengths(args: argparse.Namespace) -> list[tuple[int, int]]:
     _check_block_sizes(args.block_sizes, args.context)
     trace = sharegpt_trace(args.trace)
     pairs = read_lengths(trace)
-    wanted = args.num_requests or len(pairs)
-    if not pairs or wanted > len(pairs):
-        raise InvalidArgument(f"--trace {trace} has {len(pairs)} requests; {wanted or 1} are wanted")
+    wanted = args.num_requests or max(1, len(pairs))
+    if wanted > len(pairs):
+        raise InvalidArgument(f"--trace {trace} has {len(pairs)} requests, but {wanted} are wanted")
     fitted = []
     for prompt, output in pairs[:wanted]:
         output = min(output, args.context - 1)

@@ -1,7 +1,7 @@
 """What a cache without blocks wastes: every request gets one run of slots for its whole life.
 
-The three allocators that the PagedAttention paper (arXiv 2309.06180, section 6.1) compares with. No slot is lost
-between runs here, which favours them: the paper's buddy allocator loses some.
+The three allocators that the PagedAttention paper (arXiv 2309.06180, section 6.1) compares with. No
+slot is lost between runs here, which favours them: the paper's buddy allocator loses some.
 
 Knows: lengths, reservations. Does not know: engines, blocks.
 """
@@ -21,7 +21,7 @@ def reserve_context(prompt: int, output: int, context: int) -> int:
 
 
 def reserve_power_of_two(prompt: int, output: int, context: int) -> int:
-    """Orca (Pow2): the answer's length rounded up to a power of two, as if it were known that well."""
+    """Orca (Pow2): the answer's length, as if it were known to the next power of two."""
     return min(context, prompt + (1 << (output - 1).bit_length()))
 
 

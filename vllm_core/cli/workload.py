@@ -44,7 +44,7 @@ def make_workload(lengths: list[tuple[int, int]], vocab_size: int, seed: int) ->
 
 
 def read_lengths(path: Path) -> list[tuple[int, int]]:
-    """Every pair (prompt length, answer length) of a CSV (.gz), in its order; empty ones left out."""
+    """Every (prompt length, answer length) of a CSV (.gz), in its order; empty ones left out."""
     with _open_csv(path) as rows:
         names = rows.fieldnames or ()
         columns = next((pair for pair in LENGTH_COLUMNS if set(pair) <= set(names)), None)
@@ -74,7 +74,7 @@ def read_trace(path: Path, num: int, seed: int) -> list[tuple[int, int]]:
 
 
 def sharegpt_trace(given: Path | None) -> Path:
-    """The trace given, else the ShareGPT lengths of the test data. InvalidArgument without either."""
+    """The trace given, else the ShareGPT lengths of the test data. InvalidArgument without both."""
     if given is not None:
         return given
     data = envs.test_data()

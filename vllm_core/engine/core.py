@@ -79,7 +79,8 @@ class EngineCore:
                 return self._recover(error)
             self._num_failures = 0
             return self.scheduler.update(oldest, result, scores)
-        if plan is None and self.scheduler.has_work and not self.scheduler.rows.paused.any():
+        requests = self.scheduler.requests.values()
+        if plan is None and requests and not any(r.is_paused for r in requests):
             raise CapacityError("no waiting request fits the KV cache; raise kv_cache_memory")
         return []
 

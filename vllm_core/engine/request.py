@@ -40,6 +40,8 @@ class Request:
     """Counter of arrivals, set by the scheduler."""
     sequences: list[Sequence] = field(default_factory=list)
     bias: HostArray | None = None
+    is_paused: bool = False
+    """It keeps its place but runs in no step."""
     num_prompt_scored: int = 0
     """Prompt tokens whose log-probabilities are known; the first token has none."""
 
@@ -126,10 +128,6 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.request.params.logprobs is not None
 
     def param_row(self, history_slot: int, bias_slot: int) -> HostArray:
         """[NUM_COLUMNS] int32: what the device must know of this sequence's sampling."""

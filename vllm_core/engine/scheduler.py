@@ -114,13 +114,19 @@ class Scheduler:
         self._start_siblings(sequence)
         if sequence.request.is_finished:
             self.requests.pop(sequence.request.request_id, None)
+            self.waiting.resume(sequence.request)
 
     def pause(self, request_id: str, paused: bool) -> None:
-        """A paused request keeps its blocks and draws nothing: its reader is slow."""
+        """A paused request draws nothing, since its reader is slow; it keeps its blocks unless others need them."""
         request = self.requests.get(request_id)
-        for sequence in request.sequences if request else ():
+        if request is None:
+            return
+        request.is_paused = paused
+        for sequence in request.sequences:
             if sequence.row >= 0:
                 self.rows.paused[sequence.row] = paused
+        if not paused:
+            self.waiting.resume(request)
 
     @property
     def has_work(self) -> bool:
@@ -159,7 +165,7 @@ class Scheduler:
     def _schedule_prefills(self, left: int) -> None:
         """Chunks of prompts that are under way, then of new sequences, in order of rank."""
         r, query, constraints = self.rows, self._query, self.limits.constraints
-        running = np.flatnonzero(r.active & (r.bound < r.goal))
+        running = np.flatnonzero(r.active & ~r.paused & (r.bound < r.goal))
         prefilling = running[np.argsort(r.rank[running], kind="stable")].tolist()
         chunks = constraints.max_prefills if constraints.max_prefills is not None else r.num_rows
         draws = self.limits.max_draws - int((query > 0).sum())
@@ -267,12 +273,14 @@ class Scheduler:
         return bool(self.rows.free) and has_history and has_bias
 
     def _preempt_below(self, sequence: Sequence) -> bool:
-        """Under the policy "priority": preempts a running sequence that ranks strictly lower."""
-        if self.limits.policy != "priority" or not self.rows.active.any():
+        """Preempts a paused row, or under the policy "priority" one that ranks strictly lower."""
+        r = self.rows
+        if not r.active.any():
             return False
         victim = self._last_ranked()
-        other: Sequence = self.rows.owner[victim]
-        if other.request.priority <= sequence.request.priority:
+        other: Sequence = r.owner[victim]
+        is_lower = other.request.priority > sequence.request.priority
+        if not r.paused[victim] and not (self.limits.policy == "priority" and is_lower):
             return False
         self._preempt(victim)
         return True
@@ -324,7 +332,7 @@ class Scheduler:
             query_len=q,
             draws=draws,
             token_ids=token_ids,
-            resets=np.array(list(self._resets.values()), np.int32).reshape(-1, 2 + NUM_COLUMNS),
+            resets=self._take_resets(rows),
             table_changes=self.kv.take_changes(),
             history_changes=np.array(self._history, np.int32).reshape(-1, 3),
             bias_changes=tuple(self._bias.values()),
@@ -332,11 +340,18 @@ class Scheduler:
             needs=needs,
             prompt_targets=self._prompt_targets(rows, start, q, first),
         )
-        self._resets, self._history, self._bias = {}, [], {}
+        self._history, self._bias = [], {}
         r.bound[rows] = start + q
         r.pending[rows] += draws
         self.stats.num_steps += 1
         return plan
+
+    def _take_resets(self, rows: HostArray) -> HostArray:
+        """[r, 2 + columns] of rows in the step; one admitted without room for a chunk waits with its own."""
+        taken: list[HostArray] = []
+        if self._resets:
+            taken = [self._resets.pop(row) for row in rows.tolist() if row in self._resets]
+        return np.array(taken, np.int32).reshape(-1, 2 + NUM_COLUMNS)
 
     def _prompt_targets(
         self, rows: HostArray, start: HostArray, q: HostArray, first: HostArray
@@ -395,7 +410,7 @@ class Scheduler:
             return [Event(s, t) for s, t in zip(owners, tokens.tolist(), strict=True)]
         places = np.flatnonzero(drawn).tolist()
         return [
-            Event(s, None if b else t, _one(logprobs, i) if s.wants_logprobs else None)
+            Event(s, None if b else t, _one(logprobs, i, s))
             for s, t, i, b in zip(owners, tokens.tolist(), places, bad.tolist(), strict=True)
         ]
 
@@ -469,7 +484,7 @@ class Scheduler:
             return [Event(sequence, None)]
         sequence.saved.append(token)
         self.stats.num_drawn_tokens += 1
-        event = Event(sequence, token, _one(logprobs, i) if sequence.wants_logprobs else None)
+        event = Event(sequence, token, _one(logprobs, i, sequence))
         length = len(request.prompt) + len(sequence.saved)
         enough = len(sequence.saved) >= request.params.min_tokens
         if token in request.stop_ids and enough:
@@ -496,7 +511,10 @@ class Scheduler:
                     self.waiting.push(sequence)
 
 
-def _one(logprobs: Logprobs | None, row: int) -> Logprobs | None:
-    if logprobs is None:
+def _one(logprobs: Logprobs | None, row: int, sequence: Sequence) -> Logprobs | None:
+    """What one sequence asked for; another row of the step may have asked for more."""
+    count = sequence.request.params.logprobs
+    if logprobs is None or count is None:
         return None
-    return Logprobs(logprobs.ids[row], logprobs.values[row], logprobs.rank[row])
+    width = 1 + count
+    return Logprobs(logprobs.ids[row, :width], logprobs.values[row, :width], logprobs.rank[row])

@@ -1,9 +1,10 @@
 """Every op that carries numbers: its law, inputs that hurt, and how much noise is honest.
 
-Tests, the conformance suite and docs/ops.md derive from `OPS`. An error is judged in units of the op's own first-order
-noise: z = |o - o64| / (u * n), with o64 the law in float64 on exactly the bits that the binding consumed, u the unit
-roundoff of the output's dtype and n the op's noise at that element. Results below the smallest normal number may be
-flushed to 0, so that much is added to u * n.
+Tests, the conformance suite and docs/ops.md derive from `OPS`. An error is judged in units of the
+op's own first-order
+noise: z = |o - o64| / (u * n), with o64 the law in float64 on exactly the bits that the binding
+consumed, u the unit roundoff of the output's dtype and n the op's noise at that element. Results
+below the smallest normal number may be flushed to 0, so that much is added to u * n.
 
 Knows: ops, inputs, noise, limits. Does not know: bindings, test frameworks.
 """
@@ -13,22 +14,15 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
-from vllm_core.ops import reference, sampling, stepping
+from vllm_core.ops import cases, reference, sampling, stepping
 from vllm_core.ops.arrays import HostArray
+from vllm_core.ops.cases import Case
 from vllm_core.ops.interface import Ops
 
-DTYPES: dict[str, Any] = {
-    "float32": np.float32,
-    "float64": np.float64,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float16": np.float16,
-}
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SMALLEST_NORMAL = {
     "float64": 2.0**-1022,
@@ -36,65 +30,6 @@ SMALLEST_NORMAL = {
     "float16": 2.0**-14,
     "bfloat16": 2.0**-126,
 }
-
-
-# ---------------------------------------------------------------- arguments of a case
-@dataclass(frozen=True)
-class Activation:
-    """An array in the model's dtype."""
-
-    value: HostArray
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """An array on the device in its own dtype: ids, angles, routing weights."""
-
-    value: HostArray
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Dense tensors that `Runtime.load` makes a Param of."""
-
-    role: str
-    tensors: Mapping[str, HostArray]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call. Arguments of other types than the three above are passed as they are."""
-
-    name: str
-    args: tuple[Any, ...]
-
-    def rounded(self, dtype: str) -> Case:
-        """The same case on numbers that `dtype` holds exactly."""
-
-        def nearest(x: HostArray) -> HostArray:
-            return x.astype(DTYPES[dtype]).astype(np.float64)
-
-        def one(arg: Any) -> Any:
-            if isinstance(arg, Activation):
-                return Activation(nearest(arg.value))
-            if isinstance(arg, Weights):
-                return replace(arg, tensors={k: nearest(v) for k, v in arg.tensors.items()})
-            return arg
-
-        return replace(self, args=tuple(one(arg) for arg in self.args))
-
-    def host(self) -> tuple[Any, ...]:
-        """Arguments of the law: float64 arrays, integers as they are, weights as {name: array}."""
-
-        def one(arg: Any) -> Any:
-            if isinstance(arg, Weights):
-                return dict(arg.tensors)
-            if isinstance(arg, (Activation, Fixed)):
-                x = arg.value
-                return x.astype(np.float64) if x.dtype.kind == "f" else x
-            return arg
-
-        return tuple(one(arg) for arg in self.args)
 
 
 @dataclass(frozen=True)
@@ -106,7 +41,8 @@ class Limits:
 
 
 Law = Callable[..., tuple[HostArray, ...]]
-"""reference(*host arguments) -> results; noise(ratio, *host arguments) -> n of each result, ratio = u32 / u."""
+"""reference(*host arguments) -> results; noise(ratio, *host arguments) -> n of each result, ratio =
+u32 / u."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +70,17 @@ class Op:
         text = inspect.getdoc(getattr(Ops, self.name, None)) or ""
         if text.startswith("See "):
             module, _, name = text.split()[1].rstrip(".;").partition(".")
-            text = inspect.getdoc(getattr({"sampling": sampling, "stepping": stepping}[module], name)) or ""
+            text = (
+                inspect.getdoc(getattr({"sampling": sampling, "stepping": stepping}[module], name))
+                or ""
+            )
         return text
 
     def limits_for(self, dtype: str) -> Limits | None:
         """In a model of this dtype."""
-        return self.limits_16 if self.limits_16 and dtype in ("bfloat16", "float16") else self.limits
+        return (
+            self.limits_16 if self.limits_16 and dtype in ("bfloat16", "float16") else self.limits
+        )
 
 
 def z_of(out: HostArray, exact: HostArray, noise: HostArray, dtype: str) -> HostArray:
@@ -148,112 +89,6 @@ def z_of(out: HostArray, exact: HostArray, noise: HostArray, dtype: str) -> Host
     z = error / (ROUNDOFF[dtype] * noise + SMALLEST_NORMAL[dtype])
     same = (out == exact) | (np.isnan(out) & np.isnan(exact))
     return np.where(same, 0.0, np.where(np.isnan(z), np.inf, z))
-
-
-# ---------------------------------------------------------------- inputs that hurt
-def awkward(rng: np.random.Generator, rows: int, width: int) -> HostArray:
-    """[rows, width]: normal, an outlier channel x 1000, denormal, zero, large, an offset that dwarfs the rest."""
-    x = rng.normal(size=(rows, width))
-    x[1::6, width // 2] *= 1000
-    x[2::6] *= 1e-40
-    x[3::6] = 0
-    x[4::6] *= 100
-    x[5::6] += 30
-    return x
-
-
-def _weight(rng: np.random.Generator, *shape: int) -> HostArray:
-    return rng.normal(size=shape) / np.sqrt(shape[-1])
-
-
-SIZES = ((1, 1, 1), (7, 5, 3), (17, 129, 65), (12, 768, 48))
-"""(tokens, inputs, outputs): ones, odd, no powers of two, and one of a model's size."""
-
-
-def _embed_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for tokens, width, vocab in SIZES:
-        ids = rng.integers(0, vocab, tokens).astype(np.int32)
-        weight = Weights("embedding", {"weight": awkward(rng, vocab, width)})
-        yield Case(f"{tokens} of {vocab} x {width}", (Fixed(ids), weight))
-
-
-def _linear_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for tokens, width, out in (*SIZES, (0, 8, 8)):
-        tensors = {"weight": _weight(rng, out, width)}
-        if width % 3:  # with and without
-            tensors["bias"] = rng.normal(size=out)
-        x = Activation(awkward(rng, tokens, width))
-        yield Case(f"{tokens} x {width} -> {out}", (x, Weights("linear", tensors)))
-
-
-def _norm_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for (tokens, width, _), eps in zip((*SIZES, (0, 8, 8)), (1e-5, 1e-6, 1e-5, 1e-12, 1e-5)):
-        weight = Weights("norm", {"weight": 1 + 0.3 * rng.normal(size=width)})
-        yield Case(f"{tokens} x {width}, eps {eps}", (Activation(awkward(rng, tokens, width)), weight, eps))
-
-
-def _add_norm_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for case in _norm_inputs(rng):
-        x, weight, eps = case.args
-        residual = Activation(rng.normal(size=x.value.shape) * 3)
-        yield Case(case.name, (x, residual, weight, eps))
-
-
-def _layer_norm_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for case in _norm_inputs(rng):
-        x, weight, eps = case.args
-        width = x.value.shape[1]
-        if width % 3:
-            weight = Weights("norm", {**weight.tensors, "bias": rng.normal(size=width)})
-        yield Case(case.name, (x, weight, eps))
-
-
-def _rope_table_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for tokens, half, base, scale in ((1, 1, 1e4, 1.0), (19, 32, 1e4, 1.0), (64, 48, 1e6, 1.2079)):
-        positions = rng.integers(0, 2**17, tokens).astype(np.int32)
-        positions[:2] = (0, 131_071)[:tokens]
-        frequency = (base ** -(np.arange(half) / half)).astype(np.float32)
-        yield Case(f"{tokens} positions, base {base:.0e}", (Fixed(positions), frequency, scale))
-
-
-def _rope_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for tokens, heads, dim, half in ((1, 1, 2, 1), (7, 3, 16, 8), (9, 2, 80, 16), (5, 6, 64, 32)):
-        angle = rng.uniform(0, 7, (tokens, half))
-        cos, sin = (Fixed(f(angle).astype(np.float32)) for f in (np.cos, np.sin))
-        x = awkward(rng, tokens * heads, dim).reshape(tokens, heads, dim)
-        yield Case(f"{tokens} x {heads} x {dim}, {2 * half} rotate", (Activation(x), cos, sin))
-
-
-def _gated_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for tokens, width, _ in (*SIZES, (0, 8, 8)):
-        yield Case(f"{tokens} x {2 * width}", (Activation(awkward(rng, tokens, 2 * width)),))
-
-
-def _activation_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for kind in ("relu", "gelu", "gelu_tanh", "silu"):
-        yield Case(kind, (Activation(awkward(rng, 13, 65)), kind))
-
-
-def _route_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for tokens, experts, top_k, renormalize in ((1, 1, 1, True), (9, 5, 3, False), (33, 60, 4, True)):
-        # steps of 1/8 within +-12: no two experts are apart by rounding alone, and many tie
-        logits = np.clip(np.round(rng.normal(size=(tokens, experts)) * 32) / 8, -12, 12)
-        logits[1::4] = np.round(logits[1::4] / 4)
-        valid = np.arange(tokens) < max(1, tokens - 3)
-        name = f"{top_k} of {experts}, {'' if renormalize else 'not '}renormalized"
-        yield Case(name, (Activation(logits), top_k, renormalize, Fixed(valid)))
-
-
-def _expert_inputs(rng: np.random.Generator) -> Iterator[Case]:
-    for tokens, width, inner, experts, top_k in ((1, 3, 1, 1, 1), (9, 24, 17, 5, 2), (21, 64, 48, 12, 4)):
-        used = max(1, experts - 2)  # some experts get no token
-        ids = np.array([rng.permutation(used)[:top_k] for _ in range(tokens)], np.int32)
-        shares = rng.dirichlet(np.ones(top_k), tokens).astype(np.float32)
-        ids[max(1, tokens - 2) :], shares[max(1, tokens - 2) :] = experts, 0  # padding
-        gate_up = Weights("experts", {"weight": _weight(rng, experts, 2 * inner, width)})
-        down = Weights("experts", {"weight": _weight(rng, experts, width, inner)})
-        x = Activation(rng.normal(size=(tokens, width)))
-        yield Case(f"{top_k} of {experts}", (x, Fixed(ids), Fixed(shares), gate_up, down))
 
 
 # ---------------------------------------------------------------- laws and their noise
@@ -269,7 +104,9 @@ def _linear(x: HostArray, params: Mapping[str, HostArray]) -> tuple[HostArray, .
     return (reference.linear(x, *_of(params)),)
 
 
-def _linear_noise(ratio: float, x: HostArray, params: Mapping[str, HostArray]) -> tuple[HostArray, ...]:
+def _linear_noise(
+    ratio: float, x: HostArray, params: Mapping[str, HostArray]
+) -> tuple[HostArray, ...]:
     out = np.abs(_linear(x, params)[0])
     return (out + ratio * _sum_noise(x, params["weight"]),)
 
@@ -339,7 +176,9 @@ def _rope(x: HostArray, cos: HostArray, sin: HostArray) -> tuple[HostArray, ...]
     return (reference.rope(x, cos, sin),)
 
 
-def _rope_noise(ratio: float, x: HostArray, cos: HostArray, sin: HostArray) -> tuple[HostArray, ...]:
+def _rope_noise(
+    ratio: float, x: HostArray, cos: HostArray, sin: HostArray
+) -> tuple[HostArray, ...]:
     half, x = cos.shape[-1], np.abs(x)
     c, s = np.abs(cos)[:, None], np.abs(sin)[:, None]
     a, b = x[..., :half], x[..., half : 2 * half]
@@ -418,7 +257,11 @@ def _moe_experts_noise(
         gate, up = both[:, :half], both[:, half:]
         act = np.abs(reference.activation(gate, "silu"))
         hidden = _gated("silu")(both)[0]
-        spread = np.abs(hidden) + np.abs(_slope(gate, "silu") * up) * error[:, :half] + act * error[:, half:]
+        spread = (
+            np.abs(hidden)
+            + np.abs(_slope(gate, "silu") * up) * error[:, :half]
+            + act * error[:, half:]
+        )
         out = np.abs(reference.linear(hidden, w2)) + ratio * _sum_noise(hidden, w2)
         n[token] += shares[token, place] * (out + np.sqrt((spread**2) @ (w2**2).T))[0]
     return (n,)
@@ -450,34 +293,40 @@ def _numeric(
 
 SUM_NOISE = "|c| + (u32/u) sqrt(k) sqrt(sum a^2 b^2)"
 TWO_HALVES = Limits(8, 128)
-"""Logits of 16-bit operands may be kept as the sum of two 16-bit numbers: 16 bits of a float32, |c| 2^-17 off."""
+"""Logits of 16-bit operands may be kept as the sum of two 16-bit numbers: 16 bits of a float32, |c|
+2^-17 off."""
 
-# Limits fitted 2026-07 on numpy 2 (float32), torch 2.13 CPU and jax 0.10 CPU (float32 and bfloat16), x86-64, about one
-# and a half times the worst of the five. Seen, rms / max: linear 0.34 / 1.2, rms_norm 1.1 / 4.2, add_rms_norm
-# 0.8 / 4.1, layer_norm 0.5 / 3.1, rope_table 0.4 / 1.4, rope 0.4 / 1.7, silu_and_mul 0.3 / 2.7, gelu_and_mul
-# 0.3 / 2.6, activation 0.25 / 1.7, moe_route 0.1 / 0.4, moe_experts 0.16 / 0.6, logprobs max 1.0. Attention's are
-# those of the design.
+# Limits fitted 2026-11 on numpy 2 (float32), torch 2.13 CPU and jax 0.10 CPU (float32 and
+# bfloat16), x86-64, about one and a half times the worst of the five. Seen, rms / max: linear 0.34
+# / 1.2, rms_norm 1.1 / 4.2, add_rms_norm 0.8 / 4.1, layer_norm 0.5 / 3.1, rope_table 0.4 / 1.4,
+# rope 0.4 / 1.7, silu_and_mul 0.3 / 2.7, gelu_and_mul 0.3 / 2.6, activation 0.25 / 1.7, moe_route
+# 0.1 / 0.4, moe_experts 0.16 / 0.6, logprobs max 1.0. Attention's are those of the design.
 _NUMERIC = (
-    Op("embed", reference=_embed, inputs=_embed_inputs),
-    _numeric("linear", _linear, _linear_inputs, _linear_noise, SUM_NOISE, (0.5, 2.5)),
+    Op("embed", reference=_embed, inputs=cases.embed_inputs),
+    _numeric("linear", _linear, cases.linear_inputs, _linear_noise, SUM_NOISE, (0.5, 2.5)),
     _numeric(
         "logits",
         _linear,
-        _linear_inputs,
+        cases.linear_inputs,
         _linear_noise,
         SUM_NOISE,
         (0.5, 2.5),
         float32_out=True,
         limits_16=TWO_HALVES,
     ),
-    _numeric("rms_norm", _rms_norm, _norm_inputs, _rms_norm_noise, "|y|", (1.5, 6)),
+    _numeric("rms_norm", _rms_norm, cases.norm_inputs, _rms_norm_noise, "|y|", (1.5, 6)),
     _numeric(
-        "add_rms_norm", _add_rms_norm, _add_norm_inputs, _add_rms_norm_noise, "|y|; |x + r|", (1.2, 6)
+        "add_rms_norm",
+        _add_rms_norm,
+        cases.add_norm_inputs,
+        _add_rms_norm_noise,
+        "|y|; |x + r|",
+        (1.2, 6),
     ),
     _numeric(
         "layer_norm",
         _layer_norm,
-        _layer_norm_inputs,
+        cases.layer_norm_inputs,
         _layer_norm_noise,
         "|y| + |bias| + (u32/u) mean|x| |weight| / deviation",
         (0.8, 5),
@@ -485,17 +334,17 @@ _NUMERIC = (
     _numeric(
         "rope_table",
         _rope_table,
-        _rope_table_inputs,
+        cases.rope_table_inputs,
         _rope_table_noise,
         "scale",
         (0.6, 2.5),
         float32_out=True,
     ),
-    _numeric("rope", _rope, _rope_inputs, _rope_noise, "|x1 cos| + |x2 sin|", (0.6, 2.5)),
+    _numeric("rope", _rope, cases.rope_inputs, _rope_noise, "|x1 cos| + |x2 sin|", (0.6, 2.5)),
     _numeric(
         "silu_and_mul",
         _gated("silu"),
-        _gated_inputs,
+        cases.gated_inputs,
         _gated_noise("silu"),
         "(|f| + (u32/u) |x f'|) |up|",
         (0.5, 4),
@@ -503,7 +352,7 @@ _NUMERIC = (
     _numeric(
         "gelu_and_mul",
         _gated("gelu_tanh"),
-        _gated_inputs,
+        cases.gated_inputs,
         _gated_noise("gelu_tanh"),
         "(|f| + (u32/u) (|x f'| + |x| / 2)) |up|",
         (0.5, 4),
@@ -511,7 +360,7 @@ _NUMERIC = (
     _numeric(
         "activation",
         _activation,
-        _activation_inputs,
+        cases.activation_inputs,
         _activation_noise,
         "|f| + (u32/u) |x f'|, for gelu also (u32/u) |x| / 2",
         (0.42, 3),
@@ -519,7 +368,7 @@ _NUMERIC = (
     _numeric(
         "moe_route",
         reference.moe_route,
-        _route_inputs,
+        cases.route_inputs,
         _moe_route_noise,
         "ids exact; p (1 + range of the logits)",
         (0.2, 1),
@@ -528,7 +377,7 @@ _NUMERIC = (
     _numeric(
         "moe_experts",
         _moe_experts,
-        _expert_inputs,
+        cases.expert_inputs,
         _moe_experts_noise,
         "of both sums and of the hidden values rounded between them",
         (0.3, 1.5),
@@ -566,9 +415,11 @@ def page() -> str:
     lines = [
         "# Ops",
         "",
-        "Made from the catalogue by `python -m vllm_core.ops.catalogue > docs/ops.md`. The error of a result is judged as",
-        "z = |o - o64| / (u n): o64 the law in float64 on the bits that the binding consumed, u the unit roundoff of the",
-        "result's dtype, u32 that of float32, n the noise below. Limits are (root mean square of z, largest z).",
+        "Made from the catalogue by `python -m vllm_core.ops.catalogue > docs/ops.md`.",
+        "",
+        "The error of a result is judged as z = |o - o64| / (u n): o64 the law in float64 on the",
+        "bits that the binding consumed, u the unit roundoff of the result's dtype, u32 that of",
+        "float32, n the noise below. Limits are (root mean square of z, largest z).",
     ]
     for op in OPS.values():
         lines += ["", f"## {op.name}", ""]
@@ -581,7 +432,9 @@ def page() -> str:
         if op.limits is not None:
             lines.append(f"- Limits: ({op.limits.rms:g}, {op.limits.max:g})")
         if op.limits_16 is not None:
-            lines.append(f"- Limits in models of 16 bits: ({op.limits_16.rms:g}, {op.limits_16.max:g})")
+            lines.append(
+                f"- Limits in models of 16 bits: ({op.limits_16.rms:g}, {op.limits_16.max:g})"
+            )
         lines.append(f"- Tested in: `vllm_core/tests/{op.tested_in}`")
     return "\n".join(lines) + "\n"
 

@@ -25,7 +25,7 @@ from vllm_core.ops.step import (
 )
 
 ARRAY_VOCABULARY = (
-    "any argmax clip concatenate cumsum exp isfinite isnan log round searchsorted sum tanh where zeros_like"
+    "argmax clip concatenate cumsum exp isfinite log round searchsorted sum tanh where zeros_like"
 ).split()
 """Names of `Ops.xp` that shared code may use, where numpy, torch and jax.numpy agree."""
 

@@ -1,11 +1,14 @@
-"""Draws tokens from logits in integers: one text for every framework, the same token on the same logit bits.
+"""Draws tokens from logits in integers: one text for every framework, the same token on the same
+logit bits.
 
-One exp per logit is rounded to w = round(exp(z - max) * 2^27); from there every sum is exact, so segments, shards,
-threads and frameworks cannot disagree. JAX and some devices have no 64-bit integers, so a sum ("mass") is a pair of
-words (high, low 14 bits). The uniform of a draw is word 0 of Philox4x32-10 (Salmon et al., SC11): key = the request's
-seed, counter = (position of the drawn token, sequence index, stream, 0), so that no generator holds a state.
+One exp per logit is rounded to w = round(exp(z - max) * 2^27); from there every sum is exact, so
+segments, shards, threads and frameworks cannot disagree. JAX and some devices have no 64-bit
+integers, so a sum ("mass") is a pair of words (high, low 14 bits). The uniform of a draw is word 0
+of Philox4x32-10 (Salmon et al., SC11): key = the request's seed, counter = (position of the drawn
+token, sequence index, stream, 0), so that no generator holds a state.
 
-Knows: bias, penalties, temperature, filters, the draw, log-probabilities. Does not know: models, steps, requests.
+Knows: bias, penalties, temperature, filters, the draw, log-probabilities. Does not know: models,
+steps, requests.
 """
 
 from __future__ import annotations
@@ -46,14 +49,16 @@ def sample(
 ) -> tuple[Array, Array]:
     """One token per row. Order: bias and bans, penalties, temperature, top-k, top-p, min-p, draw.
 
-    logits [R, V] float32 or better; params [R, NUM_COLUMNS] int32; positions [R] int32 of the token being drawn;
-    history [P+1, L] int32; bias [B+1, V] float32 -> tokens [R] int32, fault [R] int32 (NaN, or nothing finite).
-    Filters order by (float32 logit after bias and penalties descending, id ascending).
+    logits [R, V] float32 or better; params [R, NUM_COLUMNS] int32; positions [R] int32 of the token
+    being drawn; history [P+1, L] int32; bias [B+1, V] float32 -> tokens [R] int32, fault [R] int32
+    (NaN, or nothing finite). Filters order by (float32 logit after bias and penalties descending,
+    id ascending).
     """
     xp = ops.xp
     if logits.shape[-1] > MAX_VOCAB:
         raise NotSupported(
-            f"the sampler's exact sums hold {MAX_VOCAB} tokens, the vocabulary has {logits.shape[-1]}"
+            f"the sampler's exact sums hold {MAX_VOCAB} tokens, "
+            f"but the vocabulary has {logits.shape[-1]}"
         )
     x = ops.cast(logits, "float32")
     if features.bias:
@@ -73,7 +78,8 @@ def sample(
     x, best = (xp.where((v < SMALLEST_NORMAL) & (v > -SMALLEST_NORMAL), 0.0, v) for v in (x, best))
     temperature = ops.floats(params[:, int(Column.TEMPERATURE)])
     is_drawn = temperature >= SMALLEST_NORMAL
-    # by the reciprocal, since compilers divide by a broadcast that way, and 0 where they may flush it
+    # by the reciprocal, since compilers divide by a broadcast that way, and 0 where they may flush
+    # it
     coldness = 1.0 / xp.where(is_drawn, temperature, 1.0)
     coldness = xp.where(coldness >= SMALLEST_NORMAL, coldness, 0.0)
     # the difference first: logits over a tiny temperature would overflow, their differences may
@@ -94,7 +100,8 @@ def sample(
 
 
 def logprobs(ops: Ops, logits: Array, targets: Array, count: int) -> Logprobs:
-    """Natural-log probabilities of raw logits [R, V] for targets [R] and the `count` most likely tokens."""
+    """Natural-log probabilities of raw logits [R, V] for targets [R] and the `count` most likely
+    tokens."""
     xp = ops.xp
     x = ops.cast(logits, "float32")
     best = ops.amax(x)[:, None]
@@ -125,7 +132,8 @@ def _biased(ops: Ops, x: Array, params: Array, positions: Array, bias: Array) ->
 
 
 def _penalized(ops: Ops, x: Array, params: Array, positions: Array, history: Array) -> Array:
-    """Repetition (prompt and output), then frequency and presence (output). Rows without keep their bits."""
+    """Repetition (prompt and output), then frequency and presence (output). Rows without keep their
+    bits."""
     xp, size, num_rows = ops.xp, x.shape[-1], x.shape[0]
     tokens = history[params[:, int(Column.HISTORY_SLOT)]]
     j = ops.arange(tokens.shape[1])[None]
@@ -141,8 +149,9 @@ def _penalized(ops: Ops, x: Array, params: Array, positions: Array, history: Arr
     def column(which: Column) -> Array:
         return ops.floats(params[:, int(which)])[:, None]
 
-    # Compilers fuse a product with the sum behind it and round once. An exclusive-or with a 0 that only the
-    # data knows (no prompt is shorter than nothing) stands between, so that every device rounds twice.
+    # Compilers fuse a product with the sum behind it and round once. An exclusive-or with a 0 that
+    # only the data knows (no prompt is shorter than nothing) stands between, so that every device
+    # rounds twice.
     zero = ops.cast(params[:, int(Column.PROMPT_LEN)] < 0, "int32")[:, None]
     repetition = column(Column.REPETITION)
     product = x * xp.where(x > 0, 1.0 / repetition, repetition)
@@ -174,9 +183,11 @@ def _filtered(ops: Ops, x: Array, below: Array, w: Array, params: Array) -> Arra
 
 
 def keep_top(ops: Ops, x: Array, w: Array, unit: Array, need: Mass) -> Array:
-    """Zeroes all but the shortest prefix by (x descending, id ascending) whose mass of `unit` exceeds `need`.
+    """Zeroes all but the shortest prefix by (x descending, id ascending) whose mass of `unit`
+    exceeds `need`.
 
-    x float32 without -0.0; w, unit words; all [R, V padded to segments]. No sort: the last key is found bit by bit.
+    x float32 without -0.0; w, unit words; all [R, V padded to segments]. No sort: the last key is
+    found bit by bit.
     """
     xp = ops.xp
     bits = ops.bits(x)
@@ -246,7 +257,8 @@ def _prefix(ops: Ops, w: Array) -> Mass:
 
 
 def first_above(ops: Ops, w: Array, target: Mass) -> Array:
-    """The first id whose inclusive prefix mass exceeds the target: [R, V padded], pairs [R] -> [R] int32."""
+    """The first id whose inclusive prefix mass exceeds the target: [R, V padded], pairs [R] -> [R]
+    int32."""
     xp = ops.xp
     goal = (target[0][:, None], target[1][:, None])
     own = _segment_mass(ops, w)
@@ -254,7 +266,10 @@ def first_above(ops: Ops, w: Array, target: Mass) -> Array:
     rows = ops.arange(w.shape[0])
     found = ops.cast(_greater(_carry(high, low), goal), "int32")
     segment = ops.cast(xp.argmax(found, -1), "int32")
-    before = (high[rows, segment] - own[0][rows, segment], low[rows, segment] - own[1][rows, segment])
+    before = (
+        high[rows, segment] - own[0][rows, segment],
+        low[rows, segment] - own[1][rows, segment],
+    )
     inner = w.reshape(w.shape[0], -1, SEGMENT)[rows, segment]
     inner_high = ops.words(xp.cumsum(inner >> LOW, -1)) + before[0][:, None]
     inner_low = ops.words(xp.cumsum(inner & ((1 << LOW) - 1), -1)) + before[1][:, None]
@@ -263,7 +278,8 @@ def first_above(ops: Ops, w: Array, target: Mass) -> Array:
 
 
 def scaled(ops: Ops, word: Array, total: Mass) -> tuple[Mass, Array]:
-    """(floor(word * total / 2^32), whether nothing was cut off): where a 32-bit fraction falls in a mass."""
+    """(floor(word * total / 2^32), whether nothing was cut off): where a 32-bit fraction falls in a
+    mass."""
     mask = ops.word(0xFFFFFFFF)
     h1, l1 = _multiply(word, total[0])
     h2, l2 = _multiply(word, total[1])

@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from vllm_core.ops.interface import Ops
 
 
-def apply(
-    ops: Ops, block_tables: BlockTables, state: DeviceState, changes: Changes
-) -> DeviceState:
-    """Writes table cells and history tokens; the fixed-shape program for what overflows a step's buffer."""
+def apply(ops: Ops, block_tables: BlockTables, state: DeviceState, changes: Changes) -> DeviceState:
+    """Writes table cells and history tokens; the fixed-shape program for what overflows a step's
+    buffer."""
     tables = block_tables.apply(state.tables, changes.table_changes)
     h = changes.history_changes
     history = ops.put(state.history, (h[:, 0], h[:, 1]), h[:, 2])
@@ -35,8 +34,9 @@ def expand(
 ) -> tuple[StepView, DeviceState]:
     """Positions, slots and ids of the step's T tokens, from changes.
 
-    Resets come first, then table cells, then history: the only order in which a row may be reused in one step.
-    The tokens of the step are written into the history, so that a draw sees everything before it.
+    Resets come first, then table cells, then history: the only order in which a row may be reused
+    in one step. The tokens of the step are written into the history, so that a draw sees everything
+    before it.
     """
     xp = ops.xp
     reset = step.resets[:, 0]
@@ -76,8 +76,10 @@ def advance(
 ) -> tuple[Array, DeviceState]:
     """Moves every row on, also those that drew nothing. tokens [S, 1], -1 where nothing was drawn.
 
-    -> num_accepted [S] (0: there are no drafts yet), state. Apart from `finish`, because whoever holds a
-    DeviceState runs it: other pipeline stages, a draft model, a backend whose tokens the host draws.
+    -> num_accepted [S] (0: there are no drafts yet), state. Apart from `finish`, because whoever
+    holds a
+    DeviceState runs it: other pipeline stages, a draft model, a backend whose tokens the host
+    draws.
     """
     xp = ops.xp
     drawn = tokens[:, 0]
@@ -87,5 +89,3 @@ def advance(
         last_token=ops.put(state.last_token, (step.row,), last),
     )
     return xp.zeros_like(view.seq_lens), state
-
-

@@ -1,4 +1,4 @@
-"""The torch binding: portable ops, paged attention and a runtime for any device that torch drives."""
+"""The torch binding: portable ops, paged attention, and a runtime for any device of torch's."""
 
 from __future__ import annotations
 

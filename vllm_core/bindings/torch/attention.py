@@ -1,12 +1,13 @@
-"""Paged attention in plain torch: gathers the live blocks, then multiplies or calls scaled_dot_product_attention.
+"""Paged attention in plain torch: gathers the live blocks, then multiplies or calls torch's own.
 
-Cache of a pool: [1 + num_blocks, layers, 2, Hkv, BT * D], so that one index_select of contiguous rows yields
-[2, rows, Hkv, W, BT * D] without a transposition. Block i of the core is block i + 1 here, and the first one stays zero:
-cells that are dead (behind the window, before the first block) read it, and the unused tail of a row's newest block is
-blanked in the gathered copy, so that nothing that is not visible can reach an output, NaN included.
+Cache of a pool: [1 + num_blocks, layers, 2, Hkv, BT * D], so that one index_select of contiguous
+rows yields [2, rows, Hkv, W, BT * D] without a transposition. Block i of the core is block i + 1
+here, and the first one stays zero: cells that are dead (behind the window, before the first block)
+read it, and the unused tail of a row's newest block is blanked in the gathered copy, so that
+nothing that is not visible can reach an output, NaN included.
 
-Shapes follow from host knowledge only (`plan_host`): rows that decode are batched in classes of like length, rows
-with more tokens go one by one.
+Shapes follow from host knowledge only (`plan_host`): rows that decode are batched in classes of
+like length, rows with more tokens go one by one.
 
 Knows: its layout, torch. Does not know: vendors, who owns a block.
 """
@@ -29,6 +30,7 @@ from vllm_core.backend import (
     HostStep,
     KVGroup,
 )
+from vllm_core.bindings.torch.attention_math import scores, weigh
 from vllm_core.bindings.torch.convert import dtype_of, from_host, to_host
 from vllm_core.errors import InvalidArgument, NotSupported, OutOfMemory
 from vllm_core.ops import BucketKey, DeviceState, HostArray, StepInput, StepView
@@ -51,10 +53,10 @@ class Decode:
     """[C] which rows, which are also their tokens."""
     gather: Any
     """What the layout needs to read the class's blocks."""
-    hidden: Tensor
-    """[C, 1, 1, W * BT] bool, keys that the row must not see."""
+    mask: Tensor
+    """[C, 1, 1, W * BT] float32, added to the scores: -inf where the row must not see."""
     tail: Tensor
-    """[1, C, 1, BT, 1] bool, slots of the last block that hold nothing of the row."""
+    """[C, BT] bool, slots of the last block that hold nothing of the row."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,8 @@ class Prefill:
 class PlanArrays:
     """Of one spec; the index tensors hold for layer 0, others read the cache from a later start."""
 
-    blocks: Tensor
-    """[T] block of each token's slot."""
-    offsets: Tensor
-    """[T] place in the block."""
+    slots: Any
+    """What the layout needs to write the step's tokens."""
     decode: tuple[Decode, ...]
     prefill: tuple[Prefill, ...]
     num_decode: int
@@ -119,9 +119,7 @@ class TorchAttention(AttentionBackend):
                 raise InvalidArgument("groups of one pool must have blocks of one size")
         try:
             return tuple(
-                torch.zeros(
-                    num_blocks[pool] + 1, sizes[pool], dtype=self.dtype, device=self.device
-                )
+                torch.zeros(num_blocks[pool] + 1, sizes[pool], dtype=self.dtype, device=self.device)
                 for pool in sorted(sizes)
             )
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -211,7 +209,6 @@ class TorchAttention(AttentionBackend):
         query_len, seq_len = host_part["query_len"], host_part["seq_len"]
         num_decode = int(host_part["split"][0])
         tables = state.tables[spec.group][step.row].long()  # [S, M]
-        slots = view.slots[spec.group].long()
         classes = split_classes(
             _blocks_to_read(seq_len[:num_decode], spec.window, size),
             max(1, GATHER_BYTES * group.layers // self.block_bytes(group)),
@@ -232,8 +229,7 @@ class TorchAttention(AttentionBackend):
                     )
                 )
         return PlanArrays(
-            torch.div(slots, size, rounding_mode="floor"),
-            slots % size,
+            self._slots(view.slots[spec.group].long(), group),
             tuple(decode),
             tuple(prefill),
             num_decode,
@@ -251,9 +247,9 @@ class TorchAttention(AttentionBackend):
     ) -> Decode:
         """Blocks stand to the right: a row's newest is in the last column, whatever its length."""
         size = group.block_tokens
-        if not isinstance(rows, slice):
-            rows = torch.from_numpy(rows).to(self.device, non_blocking=True)
-        lengths, tables = seq_lens[rows].long()[:, None], tables[rows]
+        own: Tensor | slice
+        own = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(self.device)
+        lengths, tables = seq_lens[own].long()[:, None], tables[own]
         last = torch.div(lengths - 1, size, rounding_mode="floor")
         column = last + torch.arange(1 - width, 1, device=self.device)  # [C, W]
         is_live = column >= 0
@@ -265,12 +261,9 @@ class TorchAttention(AttentionBackend):
         if spec.window is not None:
             hidden |= position < lengths - spec.window
         tail = hidden[:, -size:] & (position[:, -size:] >= lengths)
-        return Decode(
-            rows,
-            self._gather_decode(blocks, tail, group),
-            hidden[:, None, None],
-            tail[None, :, None, :, None],
-        )
+        mask = torch.zeros(hidden.shape, device=self.device).masked_fill_(hidden, -torch.inf)
+        gather = self._gather_decode(blocks, tail, group)
+        return Decode(own, gather, mask[:, None, None], tail)
 
     def _plan_prefill(
         self,
@@ -302,7 +295,7 @@ class TorchAttention(AttentionBackend):
 
     # ---- the layout: subclasses replace these together
     def _gather_decode(self, blocks: Tensor, tail: Tensor, group: KVGroup) -> Any:
-        """What `_decode` reads with; blocks [C, W], -1 for the block that stays zero; tail [C, BT] as in Decode."""
+        """What `_decode` reads with; blocks [C, W], -1 the one that stays zero; tail [C, BT]."""
         return self._gather_rows(blocks, group)
 
     def _gather_rows(self, blocks: Tensor, group: KVGroup) -> Tensor:
@@ -314,7 +307,7 @@ class TorchAttention(AttentionBackend):
         return row.flatten()
 
     def _rows(self, kv: KV, group: KVGroup, layer: int, width: int) -> Tensor:
-        """The pool as rows of `width` elements, so that row indices made for layer 0 read `layer`."""
+        """The pool in rows of `width` elements; indices made for layer 0 read `layer` in it."""
         start = layer * 2 * group.spec.num_kv_heads * group.block_tokens * group.spec.dim_qk
         flat: Tensor = kv[group.pool].view(-1, width)
         return flat[start // width :]
@@ -326,11 +319,18 @@ class TorchAttention(AttentionBackend):
         found = self._rows(kv, group, layer, width).index_select(0, rows)
         return found.view(2, count, spec.num_kv_heads, -1, spec.dim_qk)
 
+    def _slots(self, slots: Tensor, group: KVGroup) -> Any:
+        """What `_write` writes with; slots [T]. Here: rows of D elements, K's before V's."""
+        heads, size = group.spec.num_kv_heads, group.block_tokens
+        block = torch.div(slots, size, rounding_mode="floor")[:, None] + 1
+        head = torch.arange(heads, device=self.device)
+        row = (block * (group.layers * 2 * heads) + head) * size + (slots % size)[:, None]
+        return torch.cat((row, row + heads * size)).flatten()
+
     def _write(self, kv: KV, layer: int, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
-        arrays = plan.arrays
-        keys, values = self._keys_and_values(kv, plan.group)
-        keys[:, layer][arrays.blocks, :, arrays.offsets] = k
-        values[:, layer][arrays.blocks, :, arrays.offsets] = v
+        width = plan.spec.dim_qk
+        rows = self._rows(kv, plan.group, layer, width)
+        rows.index_copy_(0, plan.arrays.slots, torch.cat((k, v)).view(-1, width))
 
     # ---- per layer
     def attend(
@@ -358,7 +358,7 @@ class TorchAttention(AttentionBackend):
         for part in arrays.decode:
             some, some_lse = self._decode(kv, layer, q[part.rows], part, plan, sinks, return_lse)
             out[part.rows] = some
-            if lse is not None:
+            if lse is not None and some_lse is not None:
                 lse[part.rows] = some_lse
         for row in arrays.prefill:
             here = slice(row.begin, row.end)
@@ -369,7 +369,7 @@ class TorchAttention(AttentionBackend):
                 q[here], keys, values, row.visible, plan.spec, sinks, return_lse
             )
             out[here] = some
-            if lse is not None:
+            if lse is not None and some_lse is not None:
                 lse[here] = some_lse
         return out, lse, kv
 
@@ -388,16 +388,16 @@ class TorchAttention(AttentionBackend):
         count, heads, dim = q.shape[0], spec.num_kv_heads, spec.dim_qk
         both = self._read(kv, group, layer, part.gather, count)
         newest = both.view(2, count, heads, -1, group.block_tokens, dim)[:, :, :, -1]
-        newest.masked_fill_(part.tail, 0)
+        newest.masked_fill_(part.tail[:, None, :, None], 0)
         keys, values = both[0], both[1]
         grouped = q.view(count, heads, -1, dim)
         if _is_plain(spec, sinks, return_lse) and not self.multiplies:
             out = F.scaled_dot_product_attention(
-                grouped, keys, values, attn_mask=~part.hidden, scale=spec.scale
+                grouped, keys, values, attn_mask=part.mask.to(q.dtype), scale=spec.scale
             )
             return out.reshape(q.shape), None
         score = scores(grouped.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), spec.scale)
-        p, lse = weigh(score.view(count, heads, -1, keys.shape[2]), part.hidden, spec, sinks)
+        p, lse = weigh(score.view(count, heads, -1, keys.shape[2]), part.mask, spec, sinks)
         out = torch.bmm(p.flatten(0, 1).to(values.dtype), values.flatten(0, 1))
         return out.view(q.shape).to(q.dtype), lse() if return_lse else None
 
@@ -420,7 +420,7 @@ class TorchAttention(AttentionBackend):
     ) -> tuple[Tensor, Tensor | None]:
         """q [n, Hq, D], k and v [keys, Hkv, D] -> out [n, Hq, D], lse [n, Hq]."""
         n, heads, dim = q.shape[0], spec.num_kv_heads, spec.dim_qk
-        # KV heads are the batch and the heads of one group share K and V through a stride of 0: no copies.
+        # KV heads are the batch; the heads of a group share K and V by a stride of 0: no copies
         grouped = q.view(n, heads, -1, dim).permute(1, 2, 0, 3)  # [Hkv, G, n, D]
         keys, values = k.transpose(0, 1), v.transpose(0, 1)  # [Hkv, keys, D]
         if _is_plain(spec, sinks, return_lse):
@@ -438,12 +438,14 @@ class TorchAttention(AttentionBackend):
             visible = torch.ones(n, k.shape[0], dtype=torch.bool, device=q.device)
             visible = visible.tril() if spec.causal else visible
         outs, lses = [], []
+        mask = torch.zeros(visible.shape, device=q.device).masked_fill_(~visible, -torch.inf)
         step = max(1, SCORE_ELEMENTS // (spec.num_q_heads * k.shape[0]))
-        for query, seen in zip(grouped.split(step, 2), visible.split(step), strict=True):
+        for begin in range(0, n, step):
+            query, seen = grouped[:, :, begin : begin + step], mask[begin : begin + step]
             score = scores(query.flatten(1, 2), keys.transpose(1, 2), spec.scale)
             score = score.view(heads, -1, query.shape[2], k.shape[0]).transpose(1, 2)
             score = score.transpose(0, 1)  # [n, Hkv, G, keys]
-            p, lse = weigh(score, ~seen[:, None, None], spec, sinks)
+            p, lse = weigh(score, seen[:, None, None], spec, sinks)
             p = p.permute(1, 2, 0, 3).flatten(1, 2)
             out = torch.bmm(p.to(values.dtype), values).view(query.shape).permute(2, 0, 1, 3)
             outs.append(out.reshape(-1, *q.shape[1:]).to(q.dtype))
@@ -451,39 +453,11 @@ class TorchAttention(AttentionBackend):
         return torch.cat(outs), torch.cat(lses) if return_lse else None
 
 
-def scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale * q [B, M, D] @ k [B, D, L] in float32 or better.
-
-    A product of 16-bit matrices is stored in 16 bits; a second one, of what the first lost, restores it on the CPU at a
-    fraction of the cost of widening K.
-    """
-    if q.dtype in (torch.float32, torch.float64):
-        return torch.bmm(q * scale, k)
-    if q.device.type != "cpu":
-        return torch.bmm(q.float() * scale, k.float())
-    high = torch.bmm(q, k)
-    low = torch.baddbmm(high, q, k, beta=-1)
-    return high.float().add_(low).mul_(scale)
-
-
-def weigh(
-    score: Tensor, hidden: Tensor, spec: AttentionSpec, sinks: Tensor | None
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    """Softmax of score [C, Hkv, G, L], which is consumed, over the keys that are not hidden, and how to get its lse [C, Hq]."""
-    if spec.softcap is not None:
-        score = score.div_(spec.softcap).tanh_().mul_(spec.softcap)
-    score = score.masked_fill_(hidden, -torch.inf)
-    if sinks is None:
-        return torch.softmax(score, -1), lambda: torch.logsumexp(score, -1).flatten(1).float()
-    sink = sinks.to(score.dtype).view(score.shape[1:3])[..., None].expand(*score.shape[:3], 1)
-    p = torch.softmax(torch.cat((score, sink), -1), -1)[..., :-1]
-    return p, lambda: torch.logsumexp(score, -1).flatten(1).float()
-
-
 def split_classes(need: HostArray, limit: int) -> list[tuple[HostArray | slice, int]]:
-    """Rows [n] by the blocks they need -> (rows, width) of each class; a class reads rows x width blocks, at most limit.
+    """Rows [n] by the blocks they need -> (rows, width) of each class, which reads rows * width.
 
-    A class costs some 50 us per layer, as much as a few dozen blocks: a row joins while it wastes less than that.
+    No class reads more than `limit`, unless one row does. A class costs some 50 us per layer, as
+    much as a few dozen blocks: a row joins while the class wastes less than that.
     """
     if not len(need):
         return []

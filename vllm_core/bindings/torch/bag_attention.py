@@ -1,8 +1,9 @@
-"""Decoding attention without a gather, for float32 on the CPU: both products are weighted sums of cache rows.
+"""Decoding attention without a gather, for float32 on the CPU: weighted sums of cache rows.
 
-`embedding_bag` sums rows of a table with weights, which is p @ V over the slots of a sequence, and with K stored
-transposed in each block, q @ K over the rows of a block. Nothing is copied: 32 rows of 448 tokens (3 KV heads of 64, 9
-query heads) take 0.9 ms per layer on one core, where gather and two products take 2.3 (torch 2.13, AVX-512).
+`embedding_bag` sums rows of a table with weights, which is p @ V over the slots of a sequence, and
+with K stored transposed in each block, q @ K over the rows of a block. Nothing is copied: 32 rows
+of 448 tokens (3 KV heads of 64, 9 query heads) take 0.9 ms per layer on one core, where gather and
+two products take 2.3 (torch 2.13, AVX-512).
 
 Knows: its layout. Does not know: anything else; the rest is TorchAttention's.
 """
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_core.backend import KV, AttentionPlan, KVGroup
-from vllm_core.bindings.torch.attention import Decode, Prefill, Tensor, TorchAttention, weigh
+from vllm_core.bindings.torch.attention import Decode, Prefill, Tensor, TorchAttention
+from vllm_core.bindings.torch.attention_math import weigh
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,22 @@ class BagAttention(TorchAttention):
             both[1].transpose(0, 1)[: row.length],
         )
 
+    def _slots(self, slots: Tensor, group: KVGroup) -> tuple[Tensor, Tensor, Tensor]:
+        """Block and place in it of each key, and V's rows of D elements."""
+        block = torch.div(slots, group.block_tokens, rounding_mode="floor") + 1
+        values = super()._slots(slots, group)
+        return block, slots % group.block_tokens, values[len(values) // 2 :]
+
+    def _write(self, kv: KV, layer: int, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+        spec, group = plan.spec, plan.group
+        block, place, rows = plan.arrays.slots
+        pool = kv[group.pool].view(
+            -1, group.layers, 2, spec.num_kv_heads, spec.dim_qk, group.block_tokens
+        )
+        pool[:, layer, 0][block, :, :, place] = k
+        values = self._rows(kv, group, layer, spec.dim_v)
+        values.index_copy_(0, rows, v.reshape(-1, spec.dim_v))
+
     def _gather_decode(self, blocks: Tensor, tail: Tensor, group: KVGroup) -> Bags:
         spec, size = group.spec, group.block_tokens
         count, width = blocks.shape
@@ -64,7 +82,7 @@ class BagAttention(TorchAttention):
         keys = ((key * dim)[..., None] + lanes).expand(*shape, dim).flatten()
         lanes = torch.arange(size, device=self.device)
         values = ((key + heads) * size)[..., None] + lanes
-        values[:, :, :, -1].masked_fill_(tail[:, None, None], 0)  # what holds nothing must not be read
+        values[:, :, :, -1].masked_fill_(tail[:, None, None], 0)  # the block that stays zero
         values = values.expand(*shape, size).flatten()
         return Bags(
             keys,
@@ -85,12 +103,13 @@ class BagAttention(TorchAttention):
     ) -> tuple[Tensor, Tensor | None]:
         spec, group, bags = plan.spec, plan.group, part.gather
         count, size, dim = q.shape[0], group.block_tokens, spec.dim_qk
-        width = part.hidden.shape[-1] // size
+        width = part.mask.shape[-1] // size
         grouped = (q * spec.scale).view(count, spec.num_kv_heads, -1, 1, dim)
         lanes = grouped.expand(-1, -1, -1, width, -1).reshape(-1)
         score = _bag(self._rows(kv, group, layer, size), bags.keys, bags.key_offsets, lanes)
         score = score.view(count, spec.num_kv_heads, -1, width * size)
-        p, lse = weigh(score, part.hidden, spec, sinks)
+        score[..., -size:].masked_fill_(part.tail[:, None, None], 0)  # NaN would outlive the mask
+        p, lse = weigh(score, part.mask, spec, sinks)
         rows = self._rows(kv, group, layer, dim)
         out = _bag(rows, bags.values, bags.value_offsets, p.reshape(-1))
         return out.view(q.shape), lse() if return_lse else None
@@ -98,8 +117,5 @@ class BagAttention(TorchAttention):
 
 def _bag(table: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """[bags, width] sums of weighted rows."""
-    found: Tensor = torch.embedding_bag(
-        table, rows, offsets, False, 0, False, weights, True
-    )[0]
+    found: Tensor = torch.embedding_bag(table, rows, offsets, False, 0, False, weights, True)[0]
     return found
-

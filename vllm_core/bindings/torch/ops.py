@@ -1,13 +1,14 @@
 """Every op in plain torch, for any device that torch drives.
 
-Where a host may look at device values for free (the CPU), two ops take the shorter way: experts get their own tokens,
-and filters look at candidates first.
+Where a host may look at device values for free (the CPU), two ops take the shorter way: experts
+get their own tokens, and filters look at candidates first.
 
 Knows: torch. Does not know: vendors, models.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class TorchOps(Ops):
         self.device = device
         self.host_reads_are_free = device.type == "cpu"
         self._synchronize = synchronize or (lambda: None)
+        self._tables: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=4)
 
     # ---- array vocabulary
     def asarray(self, host: HostArray) -> Tensor:
@@ -111,7 +113,7 @@ class TorchOps(Ops):
     def logits(self, x: Tensor, param: Param) -> Tensor:
         arrays = param.arrays
         if "packed" not in arrays:
-            # A tied embedding: only its use as a head tells that the blocked copy is worth its memory.
+            # a tied embedding: its use as a head is what makes the blocked copy worth its memory
             arrays["packed"] = packing.pack(arrays["weight"])
         if arrays["packed"] is not None:
             return packing.packed_logits(x, arrays["packed"], arrays.get("bias"))
@@ -146,22 +148,24 @@ class TorchOps(Ops):
     ) -> tuple[Tensor, Tensor]:
         frequency = from_host(inverse_frequency).to(self.device, torch.float32)
         angle = positions.float()[:, None] * frequency
-        return angle.cos() * scale, angle.sin() * scale
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+        both = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+        self._tables.append((cos, *both))
+        return cos, sin
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        half = cos.shape[-1]
-        c, s = cos[:, None], sin[:, None]
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        a, b = x[..., :half], x[..., half : 2 * half]
-        if x.dtype == cos.dtype:
-            torch.addcmul(a * c, b, s, value=-1, out=out[..., :half])
-            torch.addcmul(b * c, a, s, out=out[..., half : 2 * half])
-        else:
-            out[..., :half] = torch.addcmul(a * c, b, s, value=-1)
-            out[..., half : 2 * half] = torch.addcmul(b * c, a, s)
-        if 2 * half < x.shape[-1]:
-            out[..., 2 * half :] = x[..., 2 * half :]
-        return out
+        size = 2 * cos.shape[-1]
+        c, s = self._doubled(cos, sin)
+        y = x[..., :size]
+        out = torch.addcmul(y * c, y.roll(size // 2, -1), s).to(x.dtype)
+        return out if size == x.shape[-1] else torch.cat((out, x[..., size:]), -1)
+
+    def _doubled(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, cos) and (-sin, sin): made with the table, as every layer asks for them."""
+        for known, c, s in self._tables:
+            if known is cos:
+                return c, s
+        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
@@ -214,7 +218,7 @@ class TorchOps(Ops):
             flat = ids.reshape(-1).long()
             order = torch.argsort(flat, stable=True)
             counts = torch.bincount(flat, minlength=w1.shape[0] + 1).tolist()
-            places = order.split(counts)
+            places = torch.split_with_sizes(order, counts)
             for index, place in enumerate(places[: w1.shape[0]]):
                 if len(place):
                     token = place // ids.shape[1]
@@ -224,7 +228,7 @@ class TorchOps(Ops):
 
         share = torch.zeros(x.shape[0], w1.shape[0] + 1, dtype=wide, device=x.device)
         share.scatter_add_(1, ids.long(), weights.to(wide))
-        for index in range(w1.shape[0]):  # every token meets every expert: no shape hangs on the routing
+        for index in range(w1.shape[0]):  # every token meets every expert: shapes stay static
             own = share[:, index, None]
             out += torch.where(own != 0, expert(index, x) * own, 0.0)
         return out.to(x.dtype)
@@ -232,8 +236,6 @@ class TorchOps(Ops):
     # ---- sampling
     def keep_top(self, z: Tensor, w: Tensor, unit: Tensor, need: Mass) -> Tensor:
         """As sampling.keep_top, by sorting; `w` is 0 wherever `unit` is 0, as in all its uses."""
-        vocab = z.shape[-1]
-        unit = unit[:, :vocab]
         limit = (need[0] << LOW) + need[1]
         keys = _keys(z)
         if not self.host_reads_are_free:
@@ -242,7 +244,7 @@ class TorchOps(Ops):
         if not len(rows):
             return w
         result, some = w.clone(), (w[rows], unit[rows], limit[rows])
-        top = torch.topk(keys[rows], min(CANDIDATES, vocab)).values
+        top = torch.topk(keys[rows], min(CANDIDATES, z.shape[-1])).values
         kept, is_exact = _keep_prefix(top, *some)
         result[rows] = kept
         rest = torch.nonzero(~is_exact).squeeze(-1)
@@ -254,7 +256,7 @@ class TorchOps(Ops):
 
 def _keys(x: Tensor) -> Tensor:
     """Distinct integers in the order of (value descending, id ascending) when sorted descending."""
-    bits = (x + 0.0).contiguous().view(torch.int32)  # -0.0 becomes 0.0
+    bits = (x + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     last = x.shape[-1] - 1
     return (order.long() << 32) + torch.arange(last, -1, -1, device=x.device)
@@ -264,9 +266,7 @@ def _ids(keys: Tensor, vocab: int) -> Tensor:
     return (vocab - 1) - (keys & 0xFFFFFFFF)
 
 
-def _keep_prefix(
-    keys: Tensor, w: Tensor, unit: Tensor, limit: Tensor
-) -> tuple[Tensor, Tensor]:
+def _keep_prefix(keys: Tensor, w: Tensor, unit: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
     """Keeps what stands at most `limit` behind the first; whether the keys reached that far."""
     ids = _ids(keys, unit.shape[-1])
     mass = unit.gather(-1, ids)

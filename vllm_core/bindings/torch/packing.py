@@ -1,8 +1,9 @@
 """Weights in oneDNN's blocked layout, where the CPU build of torch has it.
 
-`F.linear` reorders a plain weight inside every call (bfloat16) or runs a BLAS that does not know the processor
-(float32 on some): blocked once at load, 32 rows take 0.18 instead of 0.48 ms for [576, 1536] in float32 on two cores,
-and 1 row 0.06 instead of 0.17 (torch 2.13, AVX-512). The ops are torch's own, those that its compiler emits.
+`F.linear` reorders a plain weight inside every call (bfloat16) or runs a BLAS that does not know
+the processor (float32 on some). Blocked once at load, [576, 1536] in float32 takes 0.18 instead of
+0.48 ms for 32 rows on two cores, and 0.06 instead of 0.17 for one (torch 2.13, AVX-512). The ops
+are torch's own, those that its compiler emits.
 
 Knows: one weight and its layout. Does not know: models, parameters.
 """
@@ -29,26 +30,23 @@ def unpack(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_dense()
 
 
-def packed_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x @ weight.T + bias."""
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
 
-def packed_logits(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def packed_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The same in float32 also for 16-bit operands.
 
-    The op stores what it summed in float32 as 16 bits. A second pass that adds minus the first result stores the
-    remainder; their sum holds 16 bits of the float32 result, for no more memory traffic than float32 weights.
+    The op stores what it summed in float32 as 16 bits. A second pass that adds minus the first
+    result stores the remainder; their sum holds 16 bits of the float32 result, for no more memory
+    traffic than float32 weights.
     """
     high = packed_linear(x, weight, bias)
     if high.dtype == torch.float32:
         return high
-    low = torch.ops.mkldnn._linear_pointwise.binary(x, -high, weight, bias, "add")
+    low: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, -high, weight, bias, "add")
     return high.float() + low.float()
 
 
@@ -60,7 +58,8 @@ def _reorder(weight: torch.Tensor) -> torch.Tensor:
 @cache
 def _works(dtype: torch.dtype) -> bool:
     """Whether this build and processor can do it: tried once, as no flag tells."""
-    if dtype not in PACKED_DTYPES or not torch.backends.mkldnn.is_available():
+    is_built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if dtype not in PACKED_DTYPES or not is_built:
         return False
     x = (torch.arange(32 * 3).reshape(3, 32) % 7).to(dtype)
     weight = (torch.arange(48 * 32).reshape(48, 32) % 5).to(dtype)

@@ -1,7 +1,7 @@
 """A runtime for any device that torch drives, without compilation.
 
-On the CPU, where torch runs a call before it returns, programs run in order on a thread of their own (`Stream`), so
-that the host prepares the next step meanwhile; other devices queue by themselves.
+On the CPU, where torch runs a call before it returns, programs run in order on a thread of their
+own (`Stream`), so that the host prepares the next step meanwhile; other devices have queues.
 
 Knows: torch's devices, threads, copies. Does not know: vendors, programs.
 """
@@ -41,7 +41,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class TorchRuntime(Runtime):
-    """One device. `synchronous` runs programs in the caller's thread: for tests and devices with queues."""
+    """One device. `synchronous` runs programs in the caller's thread, as devices with queues do."""
 
     def __init__(
         self,
@@ -66,7 +66,8 @@ class TorchRuntime(Runtime):
             if not synchronous:
                 self._stream = Stream(begin=lambda: torch.set_num_threads(self.threads))
         self.ops = TorchOps(device, self.synchronize)
-        uses_bags = self._is_host and self.dtype == "float32"  # 16-bit tables would round the scores
+        # tables of 16 bits would round the scores
+        uses_bags = self._is_host and self.dtype == "float32"
         attention = BagAttention if uses_bags else TorchAttention
         self.attention = attention(device, self.dtype, self.synchronize)
         self.block_tables = RectangleTables(self.ops)
@@ -125,7 +126,7 @@ class TorchRuntime(Runtime):
         return DeviceStep(buffer, self.attention.plan_host(host, key))
 
     def compile(self, program: Program, key: BucketKey | None) -> Executable:
-        """On the stream, the results are `Deferred`; a program that does not tell their number is waited for."""
+        """On a stream, results are `Deferred`; a program that tells no number is waited for."""
         stream, num_consumed = self._stream, len(program.consumes)
 
         def run(*args: Any) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """Runs programs in order on one thread, so that the host prepares the next step meanwhile.
 
-A program that fails fails everything that was submitted behind it, since that would run on undefined state. Once the
-caller has been told, by a `wait` or by the next call, the stream goes on.
+A program that fails fails everything that was submitted behind it, since that would run on
+undefined state. Once the caller has been told, by a `wait` or by the next call, the stream goes on.
 
 Knows: order, results that do not exist yet, errors. Does not know: what runs.
 """
@@ -20,7 +20,7 @@ from vllm_core.errors import BackendError
 
 
 class Deferred:
-    """A result that may not exist yet: a field (`result.hidden`) or a part (`x[3:5]`) of it is deferred too."""
+    """A result that may not exist yet; a field (`result.tokens`) or part (`x[3:5]`) is too."""
 
     def __init__(self, future: Future[Any], path: tuple[Callable[[Any], Any], ...] = ()) -> None:
         self._future = future
@@ -93,7 +93,7 @@ class Stream:
         return failure
 
     def synchronize(self) -> None:
-        """Waits for what was submitted; nothing to do on the stream's own thread. Raises a pending failure."""
+        """Waits for what was submitted, unless on the stream's own thread; raises its failure."""
         if threading.current_thread() is self._thread or not self._thread.is_alive():
             return
         self._barrier()

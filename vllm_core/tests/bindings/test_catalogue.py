@@ -11,7 +11,8 @@ import pytest
 
 from vllm_core.backend import Runtime
 from vllm_core.ops import HostArray, Ops, ParamSpec, Part
-from vllm_core.ops.catalogue import OPS, Activation, Case, Fixed, Op, Weights, page, z_of
+from vllm_core.ops.cases import Activation, Case, Fixed, Weights
+from vllm_core.ops.catalogue import OPS, Op, page, z_of
 from vllm_core.tests.ops.frameworks import compiled, open_binding
 
 BINDINGS = [
@@ -39,7 +40,8 @@ def on_device(runtime: Runtime, arg: Any) -> Any:
 
 
 def results(runtime: Runtime, op: Op, case: Case) -> list[HostArray]:
-    """What the binding computes: integers, or float32 copies of results in the dtype that the op promises."""
+    """What the binding computes: integers, or float32 copies of results in the dtype that the op
+    promises."""
     promised = "float32" if op.float32_out else runtime.dtype
     given = [on_device(runtime, arg) for arg in case.args]
 
@@ -50,7 +52,10 @@ def results(runtime: Runtime, op: Op, case: Case) -> list[HostArray]:
         found = found if isinstance(found, tuple) else (found,)
         names = [str(x.dtype).removeprefix("torch.") for x in found]
         assert all(name in ("int32", promised) for name in names), names
-        wide = (x if name == "int32" else runtime.ops.cast(x, "float32") for x, name in zip(found, names))
+        wide = (
+            x if name == "int32" else runtime.ops.cast(x, "float32")
+            for x, name in zip(found, names)
+        )
         return tuple(wide)
 
     found = compiled(runtime, run)(*(value for value in given if value is not None))

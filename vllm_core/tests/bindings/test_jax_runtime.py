@@ -138,7 +138,7 @@ def aligned(count: int, dtype: type) -> Any:
     """0 .. count-1 at an address that jax would gladly share with the device."""
     raw = np.zeros(count * 4 + 64, np.uint8)
     start = -raw.ctypes.data % 64
-    found = raw[start : start + count * 4].view(dtype)
+    found: Any = raw[start : start + count * 4].view(dtype)
     found[:] = np.arange(count)
     return found
 

@@ -11,10 +11,10 @@ from vllm_core.errors import InvalidArgument, NotSupported
 from vllm_core.ops import NUM_COLUMNS, BucketKey, DeviceState, StepInput, reference
 
 torch = pytest.importorskip("torch", reason="the attention of the torch binding was not checked")
-from vllm_core.bindings.torch import BagAttention, TorchAttention, TorchOps
-from vllm_core.bindings.torch import attention as attention_module
-from vllm_core.bindings.torch.attention import split_classes
-from vllm_core.ops import RectangleTables
+from vllm_core.bindings.torch import BagAttention, TorchAttention, TorchOps  # noqa: E402
+from vllm_core.bindings.torch import attention as attention_module  # noqa: E402
+from vllm_core.bindings.torch.attention import split_classes  # noqa: E402
+from vllm_core.ops import RectangleTables  # noqa: E402
 
 Host = np.ndarray[Any, Any]
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ class SdpaAttention(TorchAttention):
 
 @dataclass
 class Case:
-    """Random keys, values and queries of one step, behind permuted block ids; two rows share their first blocks."""
+    """Keys, values and queries of one step, behind permuted blocks, some of them shared."""
 
     group_size: int = 3
     dim: int = 32
@@ -92,13 +92,14 @@ class Case:
 
     def rounded(self, x: Host) -> Host:
         """As the dtype holds it, in float64."""
-        return torch.from_numpy(x).to(getattr(torch, self.dtype)).double().numpy()
+        rounded: Host = torch.from_numpy(x).to(getattr(torch, self.dtype)).double().numpy()
+        return rounded
 
     def tensor(self, x: Host) -> Any:
         return torch.from_numpy(x).to(getattr(torch, self.dtype))
 
     def cache(self, junk: float) -> Host:
-        """[layer, block, token, 2, head, dim]: what was written before the step; everything else is junk."""
+        """[layer, block, token, 2, head, dim]: what was written before the step, and junk."""
         cache = np.full((LAYERS, NUM_BLOCKS, self.block, 2, self.num_kv, self.dim), junk)
         for row, (cached, _) in enumerate(self.rows):
             j = np.arange(cached)
@@ -249,7 +250,9 @@ def test_lse_is_the_natural_log_of_the_sum(kind: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["window", "decode", "sinks in a window", "one KV head, dim 128, block 1"])
+@pytest.mark.parametrize(
+    "name", ["window", "decode", "sinks in a window", "one KV head, dim 128, block 1"]
+)
 def test_what_unused_slots_hold_changes_no_bit(kind: Any, name: str) -> None:
     case = Case(**CASES[name])
     clean, _, _ = run(kind, case, junk=0.0)
@@ -267,6 +270,7 @@ def test_rows_in_many_classes_give_the_same(
     monkeypatch.setattr(attention_module, "WASTED_BLOCKS", 0)
     monkeypatch.setattr(attention_module, "GATHER_BYTES", 1)
     out, lse, _ = run(kind, case, return_lse=True)
+    assert lse is not None
     np.testing.assert_allclose(out, case.expected()[0], rtol=0, atol=1e-12)
     np.testing.assert_allclose(lse, case.expected()[1], rtol=0, atol=1e-5)
 
@@ -314,9 +318,7 @@ def test_copied_blocks_hold_the_same_in_all_layers(kind: Any) -> None:
     attention = kind(CPU, "float32")
     shape = (LAYERS, 2, case.block, case.num_kv, case.dim)
     arrays = {name: np.random.default_rng(2).standard_normal(shape, np.float32) for name in "kv"}
-    kv = attention.import_blocks(
-        attention.alloc((case.group,), {0: 9}), case.group, (3, 4), arrays
-    )
+    kv = attention.import_blocks(attention.alloc((case.group,), {0: 9}), case.group, (3, 4), arrays)
     kv = attention.copy_blocks(kv, case.group, torch.tensor([3, 4, 0]), torch.tensor([7, 6, 0]))
     copied = attention.export_blocks(kv, case.group, (7, 6))
     np.testing.assert_array_equal(copied["k"], arrays["k"])

@@ -9,14 +9,14 @@ from vllm_core.bindings.numpy import NumpyOps
 from vllm_core.ops import Param, sampling
 
 torch = pytest.importorskip("torch", reason="the ops of the torch binding were not checked")
-from vllm_core.bindings.torch import TorchOps, packing
+from vllm_core.bindings.torch import TorchOps, packing  # noqa: E402
 
 Host = np.ndarray[Any, Any]
 NUMPY, TORCH = NumpyOps(), TorchOps(torch.device("cpu"))
 ASYNCHRONOUS = TorchOps(torch.device("cpu"))
 ASYNCHRONOUS.host_reads_are_free = False  # the way of devices that must not be waited for
 
-ROWS, VOCAB = 6, 3000
+ROWS, VOCAB, PADDED = 6, 3000, 3008  # whole segments of 64
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +26,16 @@ def one_thread() -> None:
 
 def weights_of(z: Host) -> Host:
     below = z.max(-1, keepdims=True) - z
-    w = NUMPY.words(np.round(np.exp(-below) * 2.0**sampling.UNIT))
-    size = -(-w.shape[-1] // sampling.SEGMENT) * sampling.SEGMENT - w.shape[-1]
-    return np.concatenate((w, np.zeros_like(w[:, :size])), -1)
+    w: Host = NUMPY.words(np.round(np.exp(-below) * 2.0**sampling.UNIT))
+    return w
 
 
 def logits(kind: str) -> Host:
-    z = np.random.default_rng(5).standard_normal((ROWS, VOCAB)).astype(np.float32)
+    z: Host = np.random.default_rng(5).standard_normal((ROWS, PADDED)).astype(np.float32)
+    z[:, VOCAB:] = -np.inf
     if kind == "ties":
-        z = np.round(z * 2) / 2
-        z[0] = 0.0
-        z[1, ::3] = -0.0
+        z = np.round(z * 2) / 2 + 0.0  # the sampler hands over no -0.0
+        z[0, :VOCAB] = 0.0
     if kind == "banned":
         z[:, 100:] = -np.inf
         z[0, 1:] = -np.inf
@@ -47,15 +46,16 @@ def logits(kind: str) -> Host:
 
 def keep(ops: Any, z: Host, w: Host, unit: Host, need: tuple[Host, Host]) -> Host:
     if ops is NUMPY:
-        return sampling.keep_top(NUMPY, z, w, unit, need)
-    z, w, unit = torch.from_numpy(z), torch.from_numpy(w), torch.from_numpy(unit)
-    found: Host = ops.keep_top(z, w, unit, tuple(map(torch.from_numpy, need))).numpy()
+        law: Host = sampling.keep_top(NUMPY, z, w, unit, need)
+        return law
+    tensors = map(torch.from_numpy, (z, w, unit))
+    found: Host = ops.keep_top(*tensors, tuple(map(torch.from_numpy, need))).numpy()
     return found
 
 
 @pytest.mark.parametrize("ops", [TORCH, ASYNCHRONOUS])
 @pytest.mark.parametrize("kind", ["random", "ties", "banned", "flat"])
-@pytest.mark.parametrize("k", [[1, 2, 50, 1023, 1024, 1025], [1, 2500, 2999, 3000, 3000, 100]])
+@pytest.mark.parametrize("k", [[1, 2, 50, 1023, 1024, 1025], [1, 2500, 2999, 3000, 3008, 100]])
 def test_top_k_keeps_the_same_ids_as_the_law(ops: Any, kind: str, k: list[int]) -> None:
     z = logits(kind)
     w = weights_of(z)
@@ -136,12 +136,14 @@ def test_logits_of_bfloat16_are_not_rounded_to_bfloat16(
 @pytest.mark.parametrize("ops", [TORCH, ASYNCHRONOUS])
 def test_experts_get_their_own_tokens_and_none_gets_padding(ops: TorchOps) -> None:
     rng = np.random.default_rng(4)
-    x, w1, w2 = rng.standard_normal((9, 8)), rng.standard_normal((4, 12, 8)), rng.standard_normal((4, 8, 6))
+    x = rng.standard_normal((9, 8))
+    w1, w2 = rng.standard_normal((4, 12, 8)), rng.standard_normal((4, 8, 6))
     router, valid = rng.standard_normal((9, 4)), np.arange(9) < 7
     x[7:] = np.nan
     router[7:] = np.nan
     law_ids, law_weights = NUMPY.moe_route(router[:7], 2, True, valid[:7])
-    law = NUMPY.moe_experts(x[:7], law_ids, law_weights, Param({"weight": w1}), Param({"weight": w2}))
+    host = Param({"weight": w1}), Param({"weight": w2})
+    law = NUMPY.moe_experts(x[:7], law_ids, law_weights, *host)
     ids, weights = ops.moe_route(torch.from_numpy(router), 2, True, torch.from_numpy(valid))
     np.testing.assert_array_equal(ids[:7].numpy(), law_ids)
     np.testing.assert_array_equal(ids[7:].numpy(), 4)

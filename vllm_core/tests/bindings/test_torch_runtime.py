@@ -13,8 +13,8 @@ from vllm_core.errors import BackendError, InvalidArgument, NotSupported, Weight
 from vllm_core.ops import BucketKey, LazyArray, ParamSpec, Part
 
 torch = pytest.importorskip("torch", reason="the runtime of the torch binding was not checked")
-from vllm_core.bindings import machine
-from vllm_core.bindings.torch import Deferred, TorchRuntime
+from vllm_core.bindings import machine  # noqa: E402
+from vllm_core.bindings.torch import Deferred, TorchRuntime  # noqa: E402
 
 CPU = torch.device("cpu")
 KEY = BucketKey(8, 4, (1,))
@@ -38,7 +38,9 @@ def add(state: Any, x: Any) -> tuple[Any, Any]:
     return (total,), Pair(total * 1, -total)
 
 
-def program(fn: Any = add, consumes: tuple[int, ...] = (0,), num_results: int | None = 1) -> Program:
+def program(
+    fn: Any = add, consumes: tuple[int, ...] = (0,), num_results: int | None = 1
+) -> Program:
     return Program("step", fn, consumes, num_results=num_results)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllm_core import envs
-from vllm_core.cli.workload import make_workload, read_trace
+from vllm_core.cli.workload import make_workload, read_lengths, read_trace, sharegpt_trace
 from vllm_core.errors import InvalidArgument
 
 
@@ -54,6 +54,13 @@ def test_a_broken_trace_is_refused_in_one_sentence(
     path.write_bytes(content)
     with pytest.raises(InvalidArgument, match=said):
         read_trace(path, 2, seed=0)
+
+
+def test_lengths_keep_the_order_of_the_trace(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("prompt_tokens,output_tokens\n9,1\n0,5\n2,7\n5,3\n")
+    assert read_lengths(path) == [(9, 1), (2, 7), (5, 3)]
+    assert sharegpt_trace(path) == path
 
 
 def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ BINDINGS = ("numpy", "torch", "jax")
 
 
 def open_binding(name: str, dtype: str = "float32") -> Runtime:
-    """The runtime of one binding; the test is skipped only where the framework itself is missing."""
+    """The runtime of one binding; the test is skipped only where the framework itself is
+    missing."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed: its binding was not checked")
     return _open(name, dtype)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -41,7 +41,8 @@ class Row:
     seed: int = 0
     sequence_index: int = 0
     tokens: tuple[int, ...] = ()
-    """Prompt and output so far; the draw is at position len(tokens) unless `position` says otherwise."""
+    """Prompt and output so far; the draw is at position len(tokens) unless `position` says
+    otherwise."""
     prompt_len: int = 0
     position: int | None = None
     bias: dict[int, float] = field(default_factory=dict)
@@ -57,7 +58,10 @@ class Row:
         return float(np.float32(-math.log(self.min_p) if self.min_p else math.inf))
 
 
-def pack(rows: Sequence[Row], vocab: int) -> tuple[HostArray, ...]:
+Packed: TypeAlias = tuple[HostArray, HostArray, HostArray, HostArray]
+
+
+def pack(rows: Sequence[Row], vocab: int) -> Packed:
     """(params, positions, history, bias) as the device state holds them."""
     count = len(rows)
     params = np.tile(scrap_params(count, count), (count, 1))
@@ -124,7 +128,8 @@ def weights(distance: HostArray) -> list[int]:
 
 
 def draw(x: HostArray, row: Row, w: Sequence[Any] | None = None) -> int:
-    """The token, by big integers, from adjusted logits [V] and (where given) weights of exp's own rounding."""
+    """The token, by big integers, from adjusted logits [V] and (where given) weights of exp's own
+    rounding."""
     if row.temperature < SMALLEST_NORMAL:
         return int(np.argmax(x))
     size = len(x)

@@ -58,9 +58,7 @@ def chi_square(tokens: HostArray, p: HostArray) -> float:
         (Row(seed=9, min_p=0.25), range(5), "seed"),  # 8 / 30 stays, 6 / 30 goes
     ],
 )
-def test_draws_pass_a_chi_square_test_at_one_in_a_million(
-    row: Row, kept: range, vary: str
-) -> None:
+def test_draws_pass_a_chi_square_test_at_one_in_a_million(row: Row, kept: range, vary: str) -> None:
     p = np.exp(LOGITS.astype(np.float64) / row.temperature)
     p[len(kept) :] = 0
     tokens = draws(20_000, row, vary=vary)
@@ -89,8 +87,7 @@ def test_sequences_of_one_request_are_independent_of_each_other() -> None:
 
 def test_n_sequences_of_one_prompt_differ_and_repeat() -> None:
     streams = [
-        draws(32, Row(seed=2**40 + 1, sequence_index=i), vary="position").tolist()
-        for i in range(8)
+        draws(32, Row(seed=2**40 + 1, sequence_index=i), vary="position").tolist() for i in range(8)
     ]
     again = draws(32, Row(seed=2**40 + 1, sequence_index=5), vary="position").tolist()
     assert len({tuple(s) for s in streams}) == 8

@@ -53,7 +53,8 @@ class Model:
     history: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def admit(self, row: int, resets: list[list[int]], told: list[tuple[int, ...]]) -> None:
-        """Reset with a hit of some blocks and perhaps a history slot, whose first tokens the host tells."""
+        """Reset with a hit of some blocks and perhaps a history slot, whose first tokens the host
+        tells."""
         hit = int(self.rng.integers(0, 3)) * 8
         slot = int(self.rng.integers(0, NUM_SLOTS + 1))
         others = [s for r, s in self.slot.items() if r != row]
@@ -134,7 +135,8 @@ class Model:
         cells: list[list[tuple[int, int, int]]],
         told: list[tuple[int, ...]],
     ) -> Changes:
-        """Fills the change lists of the step and returns what does not fit, padded to a fixed shape."""
+        """Fills the change lists of the step and returns what does not fit, padded to a fixed
+        shape."""
 
         def rest(name: str, rows: list[Any], scrap: int) -> HostArray:
             fits = LAYOUT.num_changes
@@ -241,10 +243,17 @@ def test_random_steps_follow_the_plain_model(binding: str, seed: int) -> None:
 def test_a_step_of_padding_changes_nothing_but_scrap(binding: str) -> None:
     rng = np.random.default_rng(9)
     start = empty_state("numpy")
+
+    def some(x: HostArray) -> HostArray:
+        return np.asarray(rng.integers(1, 9, x.shape), np.int32)
+
     start = DeviceState(
-        tuple(rng.integers(1, 99, t.shape).astype(np.int32) for t in start.tables),
-        *(rng.integers(1, 9, x.shape).astype(np.int32) for x in start[1:5]),
-        np.asarray(start.bias),
+        tuple(map(some, start.tables)),
+        some(start.num_tokens),
+        some(start.last_token),
+        some(start.params),
+        some(start.history),
+        start.bias,
     )
     view, after, _ = run(binding, start, LAYOUT.template().copy())
     check(Expected(), view)
@@ -266,6 +275,20 @@ def test_apply_writes_cells_and_history_and_padding_hits_scrap(binding: str) -> 
     assert np.argwhere(np.asarray(state.tables[0])).tolist() == [[0, 5], [2, 3]]
     assert np.asarray(state.tables[1])[2, 3] == 77
     assert np.argwhere(np.asarray(state.history)).tolist() == [[0, 0], [1, 39]]
+
+
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_token_0_is_a_token_and_minus_1_is_none(binding: str) -> None:
+    buffer = LAYOUT.template().copy()
+    views = LAYOUT.views(buffer)
+    views["row"][:2], views["query_start"][1:] = (1, 2), 2
+    views["query_start"][1] = 1
+    drawn = np.full((KEY.rows, 1), -1, np.int32)
+    drawn[:2, 0] = 7
+    _, state, _ = run(binding, empty_state(binding), buffer, drawn)
+    drawn[:2, 0] = 0, -1
+    _, state, _ = run(binding, state, buffer, drawn)
+    assert np.asarray(state.last_token)[1:3].tolist() == [0, 7]
 
 
 @pytest.mark.parametrize("binding", BINDINGS)

@@ -1,0 +1,153 @@
+"""What must hold of a scheduler's plan and of its cache, checked in every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vllm_core.engine.core import EngineCore
+from vllm_core.engine.scheduler import Scheduler
+from vllm_core.plan import Plan
+
+
+class Watch:
+    """Looks at each plan as it leaves the scheduler, and keeps the tables that the device now has."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        kv = scheduler.kv
+        self.tables = [np.zeros_like(table) for table in kv.blocks]
+        self.num_plans = 0
+
+    def see(self, plan: Plan | None) -> None:
+        check_blocks(self.scheduler)
+        check_rows(self.scheduler)
+        if plan is None:
+            return
+        self.num_plans += 1
+        self._check_limits(plan)
+        self._check_writers(plan)
+        self._check_tables(plan)
+
+    def _check_limits(self, plan: Plan) -> None:
+        limits, q = self.scheduler.limits, plan.query_len
+        constraints = limits.constraints
+        budget = min(limits.token_budget, constraints.max_tokens or limits.token_budget)
+        assert 0 < q.sum() == len(plan.token_ids) <= budget
+        assert (q > 0).all() and len(set(plan.rows.tolist())) == len(q)
+        assert (q[: plan.num_single] == 1).all() and (q[plan.num_single :] > 1).all()
+        assert len(q) <= limits.max_draws
+        if constraints.max_prefills is not None:
+            assert (q > 1).sum() <= constraints.max_prefills
+        r = self.scheduler.rows
+        decodes = plan.start >= r.goal[plan.rows]
+        if not constraints.mixed_ok:
+            assert decodes.all() or not decodes.any()
+        cut = ~decodes & ~plan.draws
+        assert (q[cut] % constraints.chunk_multiple == 0).all()
+        assert (plan.start + q <= r.end[plan.rows]).all(), "a row runs past its end"
+        assert len(plan.resets) <= len(plan.rows)
+        assert set(plan.resets[:, 0].tolist()) <= set(plan.rows.tolist())
+
+    def _check_writers(self, plan: Plan) -> None:
+        kv = self.scheduler.kv
+        writers: set[tuple[int, int]] = set()
+        for row, start, q in zip(plan.rows, plan.start, plan.query_len, strict=True):
+            for g, group in enumerate(kv.groups):
+                size = group.block_tokens
+                for column in range(start // size, (start + q - 1) // size + 1):
+                    block = int(kv.blocks[g][row, column])
+                    pool = kv.pools[group.pool]
+                    assert block > 0, "a valid token is written to the null block"
+                    assert (group.pool, block) not in writers, f"block {block} has two writers"
+                    writers.add((group.pool, block))
+                    assert pool.references[block] == 1, f"block {block} is written while shared"
+                    assert block not in pool.key_of, f"block {block} is written while findable"
+
+    def _check_tables(self, plan: Plan) -> None:
+        kv = self.scheduler.kv
+        for g, changes in enumerate(plan.table_changes):
+            cells = [tuple(c[:2]) for c in changes.tolist()]
+            assert len(set(cells)) == len(cells), "two changes of one cell in one step"
+            for row, column, block in changes.tolist():
+                assert kv.blocks[g][row, column] == block
+                self.tables[g][row, column] = block
+            for row in plan.rows.tolist():
+                live = slice(int(kv.first_live[g, row]), int(kv.num_blocks[g, row]))
+                np.testing.assert_array_equal(self.tables[g][row, live], kv.blocks[g][row, live])
+
+
+def watch(core: EngineCore) -> Watch:
+    """Checks every plan of an engine, and that a device which keeps tables has the same ones."""
+    scheduler: Any = core.scheduler
+    seen, schedule, execute = Watch(scheduler), scheduler.schedule, core.runner.execute
+
+    def schedule_and_see() -> Plan | None:
+        plan: Plan | None = schedule()
+        seen.see(plan)
+        return plan
+
+    def execute_and_see(plan: Plan) -> Any:
+        handle = execute(plan)
+        state: Any = core.runner.state
+        for g, table in enumerate(state.tables):
+            np.testing.assert_array_equal(
+                core.runner.runtime.ops.host(table)[plan.rows], seen.tables[g][plan.rows]
+            )
+        return handle
+
+    scheduler.schedule = schedule_and_see
+    if hasattr(core.runner.runtime.ops, "host") and not core.runner.runtime.caps.static_shapes:
+        core.runner.execute = execute_and_see  # type: ignore[method-assign]
+    return seen
+
+
+def check_blocks(scheduler: Scheduler) -> None:
+    """References are those of the tables; a block is free exactly without one; keys are unique."""
+    kv = scheduler.kv
+    counts = [np.zeros(pool.num_blocks, np.int64) for pool in kv.pools]
+    for g, group in enumerate(kv.groups):
+        for row in range(scheduler.rows.num_rows):
+            used = int(kv.num_blocks[g, row])
+            cells = kv.blocks[g][row]
+            assert not cells[used:].any(), "a cell behind the end of a row"
+            assert not cells[: int(kv.first_live[g, row])].any(), "a cell that left the window"
+            assert cells[int(kv.first_live[g, row]) : used].all(), "a hole in a table"
+            if not scheduler.rows.active[row]:
+                assert used == 0, "a row without an owner holds blocks"
+            np.add.at(counts[group.pool], cells[cells > 0], 1)
+    for pool, count in zip(kv.pools, counts, strict=True):
+        assert pool.references == count.tolist()
+        assert set(pool.free) == {b for b in range(1, pool.num_blocks) if not count[b]}
+        assert pool.by_key == {key: block for block, key in pool.key_of.items()}
+        assert 0 not in pool.key_of and 0 not in pool.free
+
+
+def check_rows(scheduler: Scheduler) -> None:
+    """known, computed and bound agree; rows and slots are free or owned once."""
+    r, limits = scheduler.rows, scheduler.limits
+    active = np.flatnonzero(r.active)
+    assert sorted([*r.free, *active.tolist()]) == list(range(r.num_rows))
+    for row in active.tolist():
+        sequence = r.owner[row]
+        assert sequence.row == row and not sequence.is_finished
+        assert r.computed[row] <= r.bound[row] <= r.known[row] + r.pending[row]
+        assert r.pending[row] >= 0 and r.goal[row] <= r.known[row] < r.end[row]
+        assert r.known[row] + r.pending[row] <= r.end[row]
+        assert sequence.request.request_id in scheduler.requests
+    for free, own, total in (
+        (scheduler._free_history, r.history_slot, limits.num_history_slots),
+        (scheduler._free_bias, r.bias_slot, limits.num_bias_slots),
+    ):
+        used = [int(own[row]) for row in active if own[row] < total]
+        assert sorted([*free, *used]) == list(range(total))
+
+
+def check_empty(scheduler: Scheduler) -> None:
+    """Nothing runs: every block is free (cached or not), every row and slot too."""
+    check_blocks(scheduler)
+    check_rows(scheduler)
+    assert not scheduler.requests and not scheduler.rows.active.any() and not scheduler.waiting
+    for pool in scheduler.kv.pools:
+        assert pool.num_free == pool.num_usable and not any(pool.references)
