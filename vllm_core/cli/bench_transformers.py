@@ -12,8 +12,9 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(threads=2)
 
 
+@dataclass(frozen=True)
+class Run:
+    """One pass over all requests."""
+
+    answers: list[list[int]]
+    seconds: float
+    cpu_seconds: float
+    """Of all threads, waiting in a loop included: with one thread it does not see other work."""
+
+
+def _timed(generate: Callable[[], list[list[int]]]) -> Run:
+    start, start_busy = time.perf_counter(), time.process_time()
+    answers = generate()
+    return Run(answers, time.perf_counter() - start, time.process_time() - start_busy)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     peer_module = _import_peer()
     lengths = _lengths(args)
@@ -62,32 +79,34 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         # Other ids in every repeat: the prefix cache must not know the prompts.
         works = [make_workload(lengths, vocab_size, seed) for seed in range(1 + args.repeats)]
         warm_up = _first(works.pop(), 2, 4)
-        _run_ours(llm, warm_up)
-        ours = [_run_ours(llm, work) for work in works]
-        num_steps = llm.stats()["num_steps"]
+        _generate(llm, warm_up)
+        before = llm.stats()["num_steps"]
+        ours = [_timed(partial(_generate, llm, work)) for work in works]
+        num_steps = (llm.stats()["num_steps"] - before) / args.repeats
     useful = sum(output for _, output in lengths)
-    _tell("vllm-core", [seconds for _, seconds in ours], useful)
+    own = _figures("vllm-core", ours, useful)
 
     # Ours is closed by now: its threads would wait beside those of the other side.
     peer = _open_peer(peer_module, args, description["model"]["dtype"])
     peer.generate(warm_up.prompts, warm_up.output_lens, 2)
     batches = []
     for size in args.batch_sizes:
-        runs = [peer.generate(work.prompts, work.output_lens, size) for work in works]
-        seconds = [taken for _, taken in runs]
-        _tell(f"transformers, batches of {size}", seconds, useful)
+        runs = [
+            _timed(partial(peer.generate, work.prompts, work.output_lens, size)) for work in works
+        ]
+        figures = _figures(f"transformers, batches of {size}", runs, useful)
+        same = partial(_agreement, ours[0].answers, runs[0].answers)
         batches.append(
             {
                 "batch_size": size,
-                "elapsed_s": seconds,
-                "output_tokens_per_s": useful / median(seconds),
-                "same_first_tokens": _agreement(ours[0][0], runs[0][0], 1),
-                "same_leading_tokens": _agreement(ours[0][0], runs[0][0], None),
+                **figures,
+                "same_first_tokens": same(1),
+                "same_leading_tokens": same(None),
             }
         )
-    rate = useful / median(seconds for _, seconds in ours)
     best = max(batch["output_tokens_per_s"] for batch in batches)
-    print(f"ratio to the best: {rate / best:.2f}", file=sys.stderr)
+    ratio = own["output_tokens_per_s"] / best
+    print(f"ratio to the best: {ratio:.2f}", file=sys.stderr)
     return {
         "engine": description,
         "config": config,
@@ -96,13 +115,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "max_len": args.max_len,
         "prompt_tokens": sum(prompt for prompt, _ in lengths),
         "useful_output_tokens": useful,
-        "ours": {
-            "elapsed_s": [seconds for _, seconds in ours],
-            "output_tokens_per_s": rate,
-            "num_steps": num_steps,
-        },
+        "ours": {**own, "num_steps": num_steps},
         "transformers": batches,
-        "ratio": rate / best,
+        "ratio": ratio,
     }
 
 
@@ -140,16 +155,14 @@ def _first(work: Workload, num: int, num_tokens: int) -> Workload:
     return Workload(work.prompts[:num], [num_tokens] * len(work.prompts[:num]))
 
 
-def _run_ours(llm: LLM, work: Workload) -> tuple[list[list[int]], float]:
+def _generate(llm: LLM, work: Workload) -> list[list[int]]:
     base = SamplingParams(temperature=0.0, ignore_eos=True)
     params = [base.replace(max_tokens=length) for length in work.output_lens]
-    start = time.perf_counter()
     outputs = llm.generate(work.prompts, params, progress=False)
-    seconds = time.perf_counter() - start
     for output in outputs:
         if output.error is not None:
             raise RequestFailed(f"request {output.request_id}: {output.error}")
-    return [output.outputs[0].token_ids for output in outputs], seconds
+    return [output.outputs[0].token_ids for output in outputs]
 
 
 def _open_peer(module: Any, args: argparse.Namespace, dtype: str) -> Any:
@@ -177,6 +190,12 @@ def _agreement(
     return same / total
 
 
-def _tell(name: str, seconds: Sequence[float], useful: int) -> None:
-    rate = useful / median(seconds)
+def _figures(name: str, runs: Sequence[Run], useful: int) -> dict[str, Any]:
+    """Printed for people, too."""
+    rate = useful / median(run.seconds for run in runs)
     print(f"{name:<32}{rate:>9.1f} output tokens/s", file=sys.stderr, flush=True)
+    return {
+        "output_tokens_per_s": rate,
+        "elapsed_s": [run.seconds for run in runs],
+        "cpu_s": [run.cpu_seconds for run in runs],
+    }

@@ -5,7 +5,6 @@ Knows: static batches, left padding. Does not know: our models, our engine.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,17 +45,16 @@ class Peer:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], output_lens: Sequence[int], batch_size: int
-    ) -> tuple[list[list[int]], float]:
-        """(each prompt's own output_len tokens, seconds): batches in the order given.
+    ) -> list[list[int]]:
+        """Each prompt's own output_len tokens, in batches in the order given.
 
         A batch runs until its longest answer is done; what the others draw beyond theirs is cut.
         """
         answers: list[list[int]] = []
-        start = time.perf_counter()
         for at in range(0, len(prompts), batch_size):
             part = slice(at, at + batch_size)
             answers += self._batch(prompts[part], output_lens[part])
-        return answers, time.perf_counter() - start
+        return answers
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], output_lens: Sequence[int]

@@ -8,8 +8,10 @@ Knows: torch's devices, threads, copies. Does not know: vendors, programs.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +66,8 @@ class TorchRuntime(Runtime):
         if self._is_host:
             torch.set_num_threads(self.threads)
             if not synchronous:
-                self._stream = Stream(begin=lambda: torch.set_num_threads(self.threads))
+                self._stream = Stream(begin=partial(torch.set_num_threads, self.threads))
+                weakref.finalize(self, self._stream.close)  # also at exit
         self.ops = TorchOps(device, self.synchronize)
         # tables of 16 bits would round the scores
         uses_bags = self._is_host and self.dtype == "float32"

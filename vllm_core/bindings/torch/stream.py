@@ -101,8 +101,9 @@ class Stream:
             raise self.deliver()
 
     def close(self) -> None:
-        if self._thread.is_alive():
-            self._tasks.put(None)
+        """Ends behind what was submitted. A thread that outlived the interpreter would abort it."""
+        self._tasks.put(None)
+        if threading.current_thread() is not self._thread:  # a collected runtime may close here
             self._thread.join()
 
     def _barrier(self) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -213,3 +215,18 @@ def test_limits_of_the_control_group_are_obeyed(tmp_path: Any) -> None:
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.memory(tmp_path)[0] == total
+
+
+def test_a_runtime_that_nobody_closed_lets_the_interpreter_end() -> None:
+    lines = (
+        "import torch",
+        "from vllm_core.bindings.torch import TorchRuntime",
+        "from vllm_core.backend import Program",
+        "runtime = TorchRuntime(torch.device('cpu'), 'float32', 1)",
+        "run = runtime.compile(Program('score', lambda x: (x @ x,), num_results=1), None)",
+        "[run(torch.ones(300, 300)) for _ in range(100)]",  # still at it when the interpreter ends
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
