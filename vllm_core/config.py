@@ -28,7 +28,8 @@ class EngineConfig:
     dtype: DType = "auto"
     load_format: LoadFormat = "auto"
     max_model_len: int | None = None
-    """Longest prompt + output of a sequence, in tokens; None: the model's own context, cut to what fits."""
+    """Longest prompt + output of a sequence, in tokens; None: the model's own context, cut to what
+    fits."""
     max_num_seqs: int = 64
     """Rows: sequences that run at once."""
     max_num_batched_tokens: int | None = None
@@ -65,7 +66,7 @@ class EngineConfig:
             )
         if self.num_kv_blocks is not None and self.num_kv_blocks < 2:
             raise InvalidArgument(
-                f"num_kv_blocks must be at least 2 (block 0 is never used), not {self.num_kv_blocks}"
+                f"num_kv_blocks must be at least 2 (block 0 is unused), not {self.num_kv_blocks}"
             )
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16", "float64")),

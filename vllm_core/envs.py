@@ -35,6 +35,7 @@ def demo_model() -> Path | None:
 
 
 def test_data() -> Path | None:
-    """VLLM_CORE_TEST_DATA: folder with real models, tokenizers, traces and prompts for the tests."""
+    """VLLM_CORE_TEST_DATA: folder with real models, tokenizers, traces and prompts for the
+    tests."""
     given = os.environ.get("VLLM_CORE_TEST_DATA")
     return Path(given) if given else None

@@ -3,7 +3,7 @@
 Knows: names and their meaning. Does not know: who raises them.
 
     VllmCoreError
-    ├── InvalidArgument      the caller asked for something contradictory or out of range (also a ValueError)
+    ├── InvalidArgument      the caller asked for what cannot be (also a ValueError)
     ├── NotSupported         the device, backend or model cannot do what was asked
     ├── ModelError           a model, its weights, config or tokenizer cannot be found or read
     │   └── WeightError      a weight is missing, unused, truncated or has another shape

@@ -51,7 +51,8 @@ class LLM:
         """Continues every prompt (text or token ids); one RequestOutput each, in order.
 
         One SamplingParams for all, or one each; None: the model's own defaults. A bad prompt raises
-        before anything runs; a request that fails later has finish_reason "error" and the others go on.
+        before anything runs; a request that fails later has finish_reason "error" and the others go
+        on.
         """
         many = _as_prompts(prompts)
         params = _as_params(sampling_params, len(many))
@@ -106,7 +107,8 @@ class LLM:
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[RequestOutput, None, None]:
-        """The output so far after every step that changed it; closing the iterator ends the request."""
+        """The output so far after every step that changed it; closing the iterator ends the
+        request."""
         engine = self._engine
         state = engine.make_request(prompt, sampling_params, is_streaming=True)
         engine.add(state)

@@ -11,7 +11,8 @@ from vllm_core import envs
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module; a library never configures handlers, `configure` is for our commands."""
+    """The logger of a module; a library never configures handlers, `configure` is for our
+    commands."""
     return logging.getLogger(name)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-"""stop: end-of-sequence, stop id or stop string; length: max_tokens or the context; abort; error."""
+"""stop: end-of-sequence, stop id or stop string; length: max_tokens or the context; abort;
+error."""
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,16 @@ MAX_LOGPROBS = 20
 """Most alternatives a request may ask for per token."""
 
 MAX_MIN_TOKENS_STOP_IDS = 16
-"""Most stop ids (end-of-sequence included) that `min_tokens` can hold back, a fixed width on the device."""
+"""Most stop ids (end-of-sequence included) that `min_tokens` can hold back, a fixed width on the
+device."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to draw the tokens of one request.
 
-    Order of application (seam, section 8): allowed, banned and biased tokens, penalties, temperature, top-k,
-    top-p, min-p, draw. Log-probabilities are those of the raw logits.
+    Order of application (seam, section 8): allowed, banned and biased tokens, penalties,
+    temperature, top-k, top-p, min-p, draw. Log-probabilities are those of the raw logits.
     """
 
     n: int = 1
@@ -191,5 +192,5 @@ def _check(p: SamplingParams) -> None:
     )
     _require(
         p.n == 1 or not p.is_greedy,
-        f"n={p.n} with temperature 0 would draw the same sequence {p.n} times; raise temperature or set n=1",
+        f"n={p.n} with temperature 0 would draw one sequence {p.n} times; raise it or set n=1",
     )

@@ -45,7 +45,8 @@ class Plan:
     rows: Ints
     """[n] rows of the device state."""
     owners: Ints
-    """[n] the sequences (objects) that own the rows now; rows may change hands before the result is here."""
+    """[n] the sequences (objects) that own the rows now; rows may change hands before the result is
+    here."""
     epochs: Ints
     """[n] admission counter of each row: a result is matched by (row, epoch)."""
     start: Ints
@@ -57,7 +58,8 @@ class Plan:
     token_ids: Ints
     """[sum of query_len] int32; -1: the token that the device drew last."""
     resets: Ints
-    """[r, 2 + columns] int32: (row, computed tokens, sampling parameters) of newly admitted rows."""
+    """[r, 2 + columns] int32: (row, computed tokens, sampling parameters) of newly admitted
+    rows."""
     table_changes: tuple[Ints, ...]
     """Per KV group [c, 3] int32: (row, column, block)."""
     history_changes: Ints

@@ -1,13 +1,15 @@
-"""Attention over a paged KV cache: the interface that a backend implements, and the facts it works on.
+"""Attention over a paged KV cache: the interface that a backend implements, and the facts it works
+on.
 
     score(t,h,j) = scale * dot(q[t,h], K[j, h // G]);  softcap * tanh(score / softcap) if softcap
-    visible(t,j): j < seq_len, pos_j <= pos_t if causal, pos_j > pos_t - window (the token itself counts)
+    visible(t,j): j < seq_len, pos_j <= pos_t if causal, pos_j > pos_t - window (itself counts)
     pos_t = seq_len - q_len + (t - query_start);  seq_len counts the tokens written in this step
     lse = ln sum exp(score), natural, float32, -inf and out = 0 where nothing is visible
     out = sum exp(score - lse') V;  lse' = ln(exp(lse) + exp(sink[h])) with sinks
 
-Accumulation is in float32 or better. Slots at or past seq_len, blocks outside the window and the null block may hold
-NaN or another request's data: none may change a bit of the output. Output rows of padding tokens are 0.
+Accumulation is in float32 or better. Slots at or past seq_len, blocks outside the window and the
+null block may hold NaN or another request's data: none may change a bit of the output. Output rows
+of padding tokens are 0.
 
 Knows: specs, groups, plans. Does not know: block ids' owners, layouts other than its own.
 """
@@ -84,7 +86,8 @@ class KVGroup:
         return 0 if window is None else max(0, (start - window + 1) // self.block_tokens)
 
     def blocks_held(self, num_tokens: int, chunk: int) -> int:
-        """Most blocks that a sequence of this length ever holds when it is computed in such chunks."""
+        """Most blocks that a sequence of this length ever holds when it is computed in such
+        chunks."""
         full = -(-num_tokens // self.block_tokens)
         if self.spec.window is None:
             return full
@@ -94,7 +97,8 @@ class KVGroup:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What `attend` needs of one spec: arrays of this step and static facts. A pytree node (`arrays` its children)."""
+    """What `attend` needs of one spec: arrays of this step and static facts. A pytree node
+    (`arrays` its children)."""
 
     arrays: Any
     spec: AttentionSpec
@@ -123,11 +127,13 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def block_bytes(self, group: KVGroup) -> int:
-        """Bytes of one block over all layers of the group; pools are sized with this and nothing else."""
+        """Bytes of one block over all layers of the group; pools are sized with this and nothing
+        else."""
 
     @abstractmethod
     def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
-        """The cache; num_blocks by pool, the null block (0) included. OutOfMemory when it does not fit."""
+        """The cache; num_blocks by pool, the null block (0) included. OutOfMemory when it does not
+        fit."""
 
     @abstractmethod
     def layout_fingerprint(self, group: KVGroup) -> str:
@@ -148,7 +154,8 @@ class AttentionBackend(ABC):
         """Block src[i] onto dst[i] in all layers; padding copies 0 onto 0. Consumes kv."""
 
     def plan_host(self, host: HostStep, key: BucketKey) -> dict[str, np.ndarray[Any, Any]]:
-        """Arrays that follow from host knowledge, shapes fixed by the key; uploaded with the step."""
+        """Arrays that follow from host knowledge, shapes fixed by the key; uploaded with the
+        step."""
         return {}
 
     @abstractmethod
@@ -162,7 +169,8 @@ class AttentionBackend(ABC):
         specs: tuple[AttentionSpec, ...],
         groups: tuple[KVGroup, ...],
     ) -> tuple[AttentionPlan, ...]:
-        """One plan per spec, once per step: pure, traceable, shapes fixed by the key; never waits for the device."""
+        """One plan per spec, once per step: pure, traceable, shapes fixed by the key; never waits
+        for the device."""
 
     @abstractmethod
     def attend(
@@ -177,8 +185,10 @@ class AttentionBackend(ABC):
         sinks: Array | None = None,
         return_lse: bool = False,
     ) -> tuple[Array, Array | None, KV]:
-        """Writes the step's K and V at their slots, then attends, ragged and mixed in one call. Consumes kv.
+        """Writes the step's K and V at their slots, then attends, ragged and mixed in one call.
+        Consumes kv.
 
-        q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv], sinks [Hq] -> out [T, Hq, Dv], lse [T, Hq] float32 or None, kv.
+        q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv], sinks [Hq] -> out [T, Hq, Dv], lse [T, Hq]
+        float32 or None, kv.
         return_lse together with sinks: InvalidArgument.
         """

@@ -37,7 +37,7 @@ def vllm_core_backends() -> Sequence[BackendInfo]:
         BackendInfo(
             name="null",
             api=API,
-            summary="no numerics: answers at once with a fixed token; for scheduler and server tests",
+            summary="no numerics: answers at once with a fixed token; for tests of the host side",
             priority=-20,
             probe="vllm_core.backend.builtin:probe",
             open="vllm_core.backend.null:open_runtime",

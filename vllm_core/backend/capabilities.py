@@ -1,7 +1,7 @@
 """What a backend declares: frozen facts with exact meaning, one per optional thing.
 
-The core resolves model x config x capabilities before it loads anything; it never turns on what was not declared and
-never finds out at step time that something is missing.
+The core resolves model x config x capabilities before it loads anything; it never turns on what was
+not declared and never finds out at step time that something is missing.
 
 Knows: facts. Does not know: products.
 """
@@ -90,7 +90,8 @@ class BucketPolicy:
     widths: tuple[int, ...] = ()
     features: tuple[Features, ...] = ()
     on_miss: str = "compile"
-    """compile: a step that no bucket covers costs a compilation and is counted; refuse: an error."""
+    """compile: a step that no bucket covers costs a compilation and is counted; refuse: an
+    error."""
 
     def cover(self, key: BucketKey) -> BucketKey | None:
         """The smallest declared key that covers this one; None where there is none."""

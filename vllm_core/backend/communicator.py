@@ -1,7 +1,7 @@
 """Collectives between the devices of a group, by mesh axis.
 
-Model code sees local shapes and names axes, so the same line serves a process per device and one program over many.
-A size-1 axis is free; larger ones are reserved until a backend brings them.
+Model code sees local shapes and names axes, so the same line serves a process per device and one
+program over many. A size-1 axis is free; larger ones are reserved until a backend brings them.
 
 Knows: axis names. Does not know: transports.
 """

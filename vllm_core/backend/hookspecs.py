@@ -1,4 +1,5 @@
-"""Hooks of the entry-point group "vllm_core". They serve discovery only; no hot path goes through them.
+"""Hooks of the entry-point group "vllm_core". They serve discovery only; no hot path goes through
+them.
 
 Knows: hook names. Does not know: who implements them.
 """

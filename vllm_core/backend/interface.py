@@ -31,7 +31,8 @@ from vllm_core.ops import (
 )
 
 SEAM_VERSION = (0, 1)
-"""Of the seam, not of the distribution: within a major, additive only; 0.x may change with its page."""
+"""Of the seam, not of the distribution: within a major, additive only; 0.x may change with its
+page."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class OpenConfig:
     """What a runtime is opened with."""
 
     dtype: str
-    """A numpy name, or "auto": the checkpoint's own where the device computes in it, else the default."""
+    """A numpy name, or "auto": the checkpoint's own where the device computes in it, else the
+    default."""
     checkpoint_dtype: str | None = None
     """What the checkpoint stores, where that is one dtype."""
     device_index: int = 0
@@ -98,7 +100,8 @@ class Device(NamedTuple):
 
 
 class DeviceStep(NamedTuple):
-    """A step on the device: the packed changes, and what the attention planned on the host. A pytree."""
+    """A step on the device: the packed changes, and what the attention planned on the host. A
+    pytree."""
 
     buffer: Array
     host_part: Any
@@ -108,7 +111,8 @@ class DeviceStep(NamedTuple):
 class Program:
     """A pure function for a runtime to compile, capture or just call.
 
-    fn(*args) returns a tuple: first the new values of the consumed arguments in their order, then its results.
+    fn(*args) returns a tuple: first the new values of the consumed arguments in their order, then
+    its results.
     """
 
     name: str
@@ -117,9 +121,11 @@ class Program:
     consumes: tuple[int, ...] = ()
     """Positions of arguments that the caller must not use again."""
     workspace: int = 0
-    """The core's estimate of peak bytes beside arguments and results, for devices that cannot measure."""
+    """The core's estimate of peak bytes beside arguments and results, for devices that cannot
+    measure."""
     num_results: int | None = None
-    """How many results follow the consumed arguments. A runtime that is not told may have to wait for the program."""
+    """How many results follow the consumed arguments. A runtime that is not told may have to wait
+    for the program."""
 
 
 class Executable(Protocol):
@@ -152,7 +158,8 @@ class Runtime(ABC):
 
     @abstractmethod
     def load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
-        """Host weights -> device; the only place where weights change layout. OutOfMemory, NotSupported (scheme)."""
+        """Host weights -> device; the only place where weights change layout. OutOfMemory,
+        NotSupported (scheme)."""
 
     def update(self, param: Param, parts: Sequence[Part]) -> Param:
         """The same shapes with new content. Reserved for adapters and weight sync."""

@@ -1,7 +1,7 @@
 """Finds backends, tells why each is usable or not, and opens the chosen one.
 
-pluggy's own entry-point loader stops at the first plug-in that fails to import; here each is registered in a try of
-its own, so that a broken one never hides the others.
+pluggy's own entry-point loader stops at the first plug-in that fails to import; here each is
+registered in a try of its own, so that a broken one never hides the others.
 
 Knows: entry points, probes, versions, the choice. Does not know: what a backend does.
 """
@@ -98,7 +98,8 @@ class BackendManager:
         return self._found
 
     def choose(self, name: str | None = None) -> Choice:
-        """By name, else by environment, else the usable one with the highest priority. BackendError otherwise."""
+        """By name, else by environment, else the usable one with the highest priority. BackendError
+        otherwise."""
         found = self.discover()
         wanted, reason = name, "named by the caller"
         if wanted is None and envs.backend() is not None:
@@ -107,7 +108,9 @@ class BackendManager:
             return Choice(self._named(wanted), reason)
         for backend in found:
             if backend.usable and backend.info is not None and not backend.info.only_by_name:
-                return Choice(backend, f"highest priority of those that found a device: {_why(backend)}")
+                return Choice(
+                    backend, f"highest priority of those that found a device: {_why(backend)}"
+                )
         raise BackendError(
             "no backend found a device; install one, for example: pip install 'vllm-core[cpu]' "
             "(`vllm-core doctor` tells why each was refused)"
@@ -128,7 +131,8 @@ class BackendManager:
             ) from error
         if not isinstance(runtime, Runtime):
             raise BackendError(
-                f"backend {info.name!r}: {info.open} returned {type(runtime).__name__}, not a Runtime"
+                f"backend {info.name!r}: {info.open} returned {type(runtime).__name__}, "
+                "not a Runtime"
             )
         # the core's own are held to the seam by its tests; null has no numerics on purpose
         lies = [] if choice.backend.distribution == OWN else missing_methods(runtime)
@@ -140,7 +144,8 @@ class BackendManager:
         return runtime
 
     def inspect(self, backend: Discovered) -> str | None:
-        """Why a backend that found a device cannot serve all the same: it is opened and closed again."""
+        """Why a backend that found a device cannot serve all the same: it is opened and closed
+        again."""
         if not backend.usable:
             return backend.error
         try:
@@ -253,9 +258,7 @@ def _judge(info: BackendInfo, distribution: str | None, version: str | None) -> 
             **row, error=f"its probe failed: {_one_line(error)}", traceback=traceback.format_exc()
         )
     if not isinstance(probe, Probe):
-        return Discovered(
-            **row, error=f"its probe returned {type(probe).__name__}, not a Probe"
-        )
+        return Discovered(**row, error=f"its probe returned {type(probe).__name__}, not a Probe")
     return Discovered(**row, probe=probe)
 
 
@@ -266,7 +269,7 @@ def _resolve(target: str) -> Callable[..., Any]:
 
 
 def _in_range(version: tuple[int, ...], text: str) -> bool:
-    """">=0.1,<0.2" over dotted numbers."""
+    """ ">=0.1,<0.2" over dotted numbers."""
     for clause in filter(None, (part.strip() for part in text.split(","))):
         operator = next((op for op in (">=", "<=", "==", "<", ">") if clause.startswith(op)), None)
         if operator is None:

@@ -1,7 +1,8 @@
-"""The reference backend: numpy in float32 or float64, and the law that the others are compared with.
+"""The reference backend: numpy in float32 or float64, and the law that the others are compared
+with.
 
-Programs copy what they consume and then overwrite the old buffers with NaN, so that a caller who uses a consumed
-value is caught. Slow on purpose where that is simpler.
+Programs copy what they consume and then overwrite the old buffers with NaN, so that a caller who
+uses a consumed value is caught. Slow on purpose where that is simpler.
 
 Knows: numpy. Does not know: speed.
 """
@@ -333,10 +334,9 @@ class NumpyRuntime(Runtime):
         """Nothing is held."""
 
 
-def concatenate_parts(
-    spec: ParamSpec, parts: Sequence[Part], dtype: str
-) -> dict[str, HostArray]:
-    """Dense parts joined along the output axis, in `dtype` (norms in float32 or better), shape checked."""
+def concatenate_parts(spec: ParamSpec, parts: Sequence[Part], dtype: str) -> dict[str, HostArray]:
+    """Dense parts joined along the output axis, in `dtype` (norms in float32 or better), shape
+    checked."""
     found: dict[str, list[HostArray]] = {}
     for part in parts:
         if part.scheme != "dense":
@@ -347,7 +347,9 @@ def concatenate_parts(
     if spec.role == "norm" and dtype != "float64":
         dtype = "float32"
     return {
-        name: np.concatenate(tensors).astype(dtype) if len(tensors) > 1 else tensors[0].astype(dtype)
+        name: np.concatenate(tensors).astype(dtype)
+        if len(tensors) > 1
+        else tensors[0].astype(dtype)
         for name, tensors in found.items()
     }
 

@@ -1,7 +1,8 @@
 """The engine for many callers at once: a thread runs the loop, event loops get streams.
 
-Back-pressure works twice: at most `max_requests` run or wait, further callers wait their turn; and a request whose
-reader falls more than `max_unread` tokens behind is paused until the reader has caught up with half of them.
+Back-pressure works twice: at most `max_requests` run or wait, further callers wait their turn; and
+a request whose reader falls more than `max_unread` tokens behind is paused until the reader has
+caught up with half of them.
 
 Knows: threads, event loops, streams. Does not know: scheduling, devices, protocols.
 """
@@ -86,7 +87,8 @@ class AsyncLLM:
         self._thread = threading.Thread(target=self._run, name="vllm-core-engine", daemon=True)
         self._thread.start()
 
-    # ---------------------------------------------------------------- for callers, on their event loop
+    # ---------------------------------------------------------------- for callers, on their event
+    # loop
     async def generate(
         self,
         prompt: Prompt,

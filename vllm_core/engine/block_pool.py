@@ -1,6 +1,7 @@
 """Block ids of one pool: reference counts, content hashes, eviction of the least recently freed.
 
-Knows: ids and hashes. Does not know: sequences, groups' windows, tensors. Block 0 is the null block, never allocated.
+Knows: ids and hashes. Does not know: sequences, groups' windows, tensors. Block 0 is the null
+block, never allocated.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Hashable
 
 
 class BlockPool:
-    """A free block keeps its content until it is allocated again, so that a later request can share it."""
+    """A free block keeps its content until it is allocated again, so that a later request can share
+    it."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -56,7 +58,8 @@ class BlockPool:
         self.references[block] += 1
 
     def register(self, block: int, key: Hashable) -> None:
-        """The block's content is complete and known by this key; the first block with a key keeps it."""
+        """The block's content is complete and known by this key; the first block with a key keeps
+        it."""
         if key not in self.by_key and block not in self.key_of:
             self.by_key[key] = block
             self.key_of[block] = key
@@ -68,7 +71,8 @@ class BlockPool:
             del self.by_key[key]
 
     def release(self, block: int) -> None:
-        """One reference less; without any, the block is free. Worthless content is evicted first."""
+        """One reference less; without any, the block is free. Worthless content is evicted
+        first."""
         self.references[block] -= 1
         if not self.references[block]:
             self.free[block] = None

@@ -1,4 +1,5 @@
-"""The loop body: schedule, execute, update. Everything that happens to a request happens inside `step`.
+"""The loop body: schedule, execute, update. Everything that happens to a request happens inside
+`step`.
 
 With asynchronous scheduling one step is in flight while the next is planned from bounds.
 
@@ -37,7 +38,8 @@ class EngineCore:
         self._num_failures = 0
 
     def add(self, request: Request) -> None:
-        """Queues a request. InvalidArgument for an id that runs already, CapacityError if it never fits."""
+        """Queues a request. InvalidArgument for an id that runs already, CapacityError if it never
+        fits."""
         if request.request_id in self.scheduler.requests:
             raise InvalidArgument(f"request id {request.request_id!r} is running already")
         self.scheduler.add(request)
@@ -85,7 +87,8 @@ class EngineCore:
         return []
 
     def _recover(self, error: Exception) -> list[Event]:
-        """A program failed, so state and cache are undefined: start both anew, resume by recomputation."""
+        """A program failed, so state and cache are undefined: start both anew, resume by
+        recomputation."""
         self._num_failures += 1
         self._in_flight.clear()
         is_final = isinstance(error, (DeviceLost, InvalidArgument, NotSupported, AssertionError))

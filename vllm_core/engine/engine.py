@@ -1,6 +1,7 @@
 """The engine as its two façades see it: prompts in, outputs out.
 
-Knows: tokenizer, defaults of the model, requests' texts. Does not know: threads, event loops, devices.
+Knows: tokenizer, defaults of the model, requests' texts. Does not know: threads, event loops,
+devices.
 """
 
 from __future__ import annotations
@@ -209,5 +210,3 @@ def _eos_token_ids(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[int,
     if tokenizer is not None:
         ids = [*ids, *tokenizer.eos_token_ids]
     return tuple(dict.fromkeys(ids))
-
-

@@ -38,7 +38,8 @@ class KVCache:
 
     # ---- capacity
     def blocks_for(self, num_tokens: int, chunk: int) -> dict[int, int]:
-        """Most blocks per pool that one sequence of this length ever holds, computed in such chunks."""
+        """Most blocks per pool that one sequence of this length ever holds, computed in such
+        chunks."""
         need = dict.fromkeys(range(len(self.pools)), 0)
         for group in self.groups:
             need[group.pool] += group.blocks_held(num_tokens, chunk)
@@ -63,9 +64,7 @@ class KVCache:
             for g, group in enumerate(self.groups)
         ]
         for i, pool in enumerate(self.pools):
-            need = sum(
-                max(0, n) for g, n in zip(self.groups, missing, strict=True) if g.pool == i
-            )
+            need = sum(max(0, n) for g, n in zip(self.groups, missing, strict=True) if g.pool == i)
             if need > pool.num_free:
                 return False
         for g, group in enumerate(self.groups):
@@ -78,7 +77,8 @@ class KVCache:
     ) -> int | None:
         """Gives an empty row the longest cached prefix of at most `max_hit` tokens.
 
-        -> tokens hit; None (and nothing taken) when the rest of its tokens would not find blocks now.
+        -> tokens hit; None (and nothing taken) when the rest of its tokens would not find blocks
+        now.
         """
         hit, found = self._longest_hit(hashes, max_hit)
         for g, group in enumerate(self.groups):
@@ -116,7 +116,8 @@ class KVCache:
                 self.first_live[g, row] = first[i]
 
     def release(self, row: int) -> None:
-        """Frees everything of a row; the end of a sequence goes first, since prefixes are shared."""
+        """Frees everything of a row; the end of a sequence goes first, since prefixes are
+        shared."""
         for g, group in enumerate(self.groups):
             pool = self.pools[group.pool]
             count = int(self.num_blocks[g, row])
@@ -180,7 +181,8 @@ class KVCache:
     def _longest_hit(
         self, hashes: dict[int, list[bytes]], max_hit: int
     ) -> tuple[int, list[list[tuple[int, int]]]]:
-        """(tokens, per group the (column, block) pairs): the longest prefix that every group can serve."""
+        """(tokens, per group the (column, block) pairs): the longest prefix that every group can
+        serve."""
         limit = max_hit // self.hit_multiple * self.hit_multiple
         for g, group in enumerate(self.groups):
             if group.spec.window is None:

@@ -1,6 +1,7 @@
 """Turns events into what a caller gets: token lists, text, log-probabilities, finish reasons.
 
-Text is made token by token only where somebody reads it as it comes or a stop string waits; otherwise once, at the end.
+Text is made token by token only where somebody reads it as it comes or a stop string waits;
+otherwise once, at the end.
 
 Knows: tokens and text. Does not know: blocks, rows, devices.
 """

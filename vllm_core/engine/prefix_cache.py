@@ -1,7 +1,9 @@
 """Names the content of full blocks by chained hashes.
 
-A block's key covers everything before it, the salt and the adapter, so that equal keys mean equal KV. 128 bits of
-BLAKE2b: a collision would hand one request another one's context, so the cheap built-in hash is not enough.
+A block's key covers everything before it, the salt and the adapter, so that equal keys mean equal
+KV. 128 bits of
+BLAKE2b: a collision would hand one request another one's context, so the cheap built-in hash is not
+enough.
 
 Knows: tokens and hashes. Does not know: blocks, pools.
 """

@@ -14,27 +14,30 @@ PRIORITY_SHIFT = 40
 
 
 def rank_of(sequence: Sequence, policy: str) -> int:
-    """Lower runs earlier: by arrival, or by priority and then arrival; siblings in their order."""
+    """Lower runs earlier, no two are equal: by arrival, or by priority and then arrival; siblings
+    in their order."""
     request = sequence.request
-    rank = request.arrival
+    rank = request.arrival + sequence.index
     if policy == "priority":
         rank += request.priority << PRIORITY_SHIFT
     return rank
 
 
 class WaitingQueue:
-    """A heap. When they come up, sequences that ended while they waited are dropped, paused ones put aside."""
+    """A heap. When they come up, sequences that ended while they waited are dropped, paused ones
+    put aside."""
 
     def __init__(self, policy: str) -> None:
         self.policy = policy
-        self._heap: list[tuple[int, int, Sequence]] = []
+        self._heap: list[tuple[int, Sequence]] = []
         self._aside: list[Sequence] = []
 
     def push(self, sequence: Sequence) -> None:
-        heapq.heappush(self._heap, (rank_of(sequence, self.policy), sequence.index, sequence))
+        heapq.heappush(self._heap, (rank_of(sequence, self.policy), sequence))
 
     def resume(self, request: Request) -> None:
-        """The request is paused no longer, or has ended: its sequences wait again where they stood."""
+        """The request is paused no longer, or has ended: its sequences wait again where they
+        stood."""
         for sequence in [s for s in self._aside if s.request is request]:
             self._aside.remove(sequence)
             if not sequence.is_finished:
@@ -43,22 +46,23 @@ class WaitingQueue:
     def peek(self) -> Sequence | None:
         """The next sequence; it stays."""
         while self._heap:
-            sequence = self._heap[0][2]
+            sequence = self._heap[0][1]
             if sequence.is_finished:
                 heapq.heappop(self._heap)
             elif sequence.request.is_paused:
-                self._aside.append(self.pop())
+                self._aside.append(heapq.heappop(self._heap)[1])
             else:
                 return sequence
         return None
 
     def pop(self) -> Sequence:
-        """The one that `peek` showed."""
-        return heapq.heappop(self._heap)[2]
+        """The one that `peek` shows."""
+        self.peek()
+        return heapq.heappop(self._heap)[1]
 
     def waiting(self) -> list[Sequence]:
         """All that wait, in no order, paused ones included."""
-        return [s for s in (*self._aside, *(s for _, _, s in self._heap)) if not s.is_finished]
+        return [s for s in (*self._aside, *(s for _, s in self._heap)) if not s.is_finished]
 
     def __len__(self) -> int:
         return len(self.waiting())

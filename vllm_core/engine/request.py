@@ -1,6 +1,7 @@
 """What a client asked (request) and one token stream of it (sequence).
 
-Knows: tokens, sampling parameters, why a stream ended. Does not know: blocks, rows' arrays, devices.
+Knows: tokens, sampling parameters, why a stream ended. Does not know: blocks, rows' arrays,
+devices.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Request:
     salt: bytes = b""
     """Requests share cached prefixes only with the same salt."""
     arrival: int = 0
-    """Counter of arrivals, set by the scheduler."""
+    """Sequences that arrived before it, set by the scheduler."""
     sequences: list[Sequence] = field(default_factory=list)
     bias: HostArray | None = None
     is_paused: bool = False
@@ -53,7 +54,8 @@ class Request:
         self.stop_ids = sorted(ends)
         if p.min_tokens and len(ends) > MAX_MIN_TOKENS_STOP_IDS:
             raise InvalidArgument(
-                f"min_tokens with {len(ends)} stop ids: at most {MAX_MIN_TOKENS_STOP_IDS} can be held back"
+                f"min_tokens can hold back at most {MAX_MIN_TOKENS_STOP_IDS} stop ids, not "
+                f"{len(ends)}; name fewer"
             )
         if abs(self.priority) > MAX_PRIORITY:
             raise InvalidArgument(f"priority must be within ±{MAX_PRIORITY}, not {self.priority}")

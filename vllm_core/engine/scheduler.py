@@ -1,15 +1,17 @@
 """Decides which sequences run in the next step, and takes in what a step gave.
 
-Continuous batching under one token budget: decoding rows first, then prompts in chunks, then new sequences while rows
-and blocks last. Without blocks the sequence that ranks last is preempted and later computed anew. Steps run ahead:
-a step is planned from bounds, before the tokens of the one before it are known (seam, section 4).
+Continuous batching under one token budget: decoding rows first, then prompts in chunks, then new
+sequences while rows and blocks last. Without blocks the sequence that ranks last is preempted and
+later computed anew. Steps run ahead: a step is planned from bounds, before the tokens of the one
+before it are known (seam, section 4).
 
-Knows: token budget, free blocks, priorities, declared constraints. Does not know: tensors, devices, text.
+Knows: token budget, free blocks, priorities, declared constraints. Does not know: tensors, devices,
+text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from vllm_core.engine.kv_cache import KVCache
 from vllm_core.engine.queue import WaitingQueue, rank_of
 from vllm_core.engine.request import Event, Request, Sequence
 from vllm_core.engine.rows import Rows
-from vllm_core.errors import CapacityError
+from vllm_core.errors import CapacityError, InvalidArgument
 from vllm_core.ops import NUM_COLUMNS, HostArray, Logprobs, StepResult
 from vllm_core.outputs import FinishReason
 from vllm_core.plan import Plan, PromptTargets, StepNeeds
@@ -35,7 +37,7 @@ class Limits:
     num_history_slots: int
     num_bias_slots: int
     max_draws: int
-    constraints: StepConstraints = StepConstraints()
+    constraints: StepConstraints = field(default_factory=StepConstraints)
     enable_prefix_caching: bool = True
     policy: str = "fcfs"
 
@@ -70,6 +72,11 @@ class Scheduler:
         budget = limits.token_budget
         if limits.constraints.max_tokens is not None:
             budget = min(budget, limits.constraints.max_tokens)
+        if budget < limits.constraints.chunk_multiple:
+            raise InvalidArgument(
+                f"a step of {budget} tokens holds no prefill chunk, which this backend takes in "
+                f"multiples of {limits.constraints.chunk_multiple}; raise max_num_batched_tokens"
+            )
         self.token_budget = budget
 
     # ---------------------------------------------------------------- requests
@@ -89,8 +96,8 @@ class Scheduler:
                 f"a sequence of {request.end} tokens needs {sum(need.values())} KV blocks, but the "
                 f"cache has {sum(have.values())}; lower max_tokens or raise kv_cache_memory"
             )
-        self._num_arrivals += 1
         request.arrival = self._num_arrivals
+        self._num_arrivals += 1 + request.sequences[-1].index  # one rank for each sequence
         self.requests[request.request_id] = request
         self.stats.num_prompt_tokens += length
         self.waiting.push(request.sequences[0])  # siblings follow when its prompt is computed
@@ -117,7 +124,8 @@ class Scheduler:
             self.waiting.resume(sequence.request)
 
     def pause(self, request_id: str, paused: bool) -> None:
-        """A paused request draws nothing, since its reader is slow; it keeps its blocks unless others need them."""
+        """A paused request draws nothing, since its reader is slow; it keeps its blocks unless
+        others need them."""
         request = self.requests.get(request_id)
         if request is None:
             return
@@ -202,7 +210,9 @@ class Scheduler:
 
     def _last_ranked(self) -> int:
         r = self.rows
-        rank = np.where(r.active, r.rank + (r.paused.astype(np.int64) << 62), np.iinfo(np.int64).min)
+        rank = np.where(
+            r.active, r.rank + (r.paused.astype(np.int64) << 62), np.iinfo(np.int64).min
+        )
         return int(rank.argmax())
 
     def _preempt(self, row: int) -> None:
@@ -256,7 +266,8 @@ class Scheduler:
                 break
             if not self._preempt_below(sequence):
                 return None
-        self.waiting.pop()
+        popped = self.waiting.pop()
+        assert popped is sequence, "preempted sequences that stand before it are paused"
         rank = rank_of(sequence, self.limits.policy)
         self.rows.admit(sequence, tokens, hit, rank, first if shares else None)
         self.stats.num_hit_tokens += hit
@@ -347,7 +358,8 @@ class Scheduler:
         return plan
 
     def _take_resets(self, rows: HostArray) -> HostArray:
-        """[r, 2 + columns] of rows in the step; one admitted without room for a chunk waits with its own."""
+        """[r, 2 + columns] of rows in the step; one admitted without room for a chunk waits with
+        its own."""
         taken: list[HostArray] = []
         if self._resets:
             taken = [self._resets.pop(row) for row in rows.tolist() if row in self._resets]
@@ -369,7 +381,8 @@ class Scheduler:
     def update(
         self, plan: Plan, result: StepResult, prompt_scores: dict[int, Logprobs] | None = None
     ) -> list[Event]:
-        """Takes in a fetched step: tokens, ends, blocks that can be shared. Arrays may be padded."""
+        """Takes in a fetched step: tokens, ends, blocks that can be shared. Arrays may be
+        padded."""
         r, n = self.rows, len(plan.rows)
         tokens, fault = result.tokens[:n, 0].astype(np.int64), result.fault[:n] > 0
         live = r.active[plan.rows] & (r.epoch[plan.rows] == plan.epochs)
@@ -431,7 +444,8 @@ class Scheduler:
         return events
 
     def _register(self, rows: HostArray) -> None:
-        """Full blocks whose tokens are known and computed become findable; siblings may then start."""
+        """Full blocks whose tokens are known and computed become findable; siblings may then
+        start."""
         r = self.rows
         complete = np.minimum(r.computed[rows], r.known[rows])
         fresh = self.kv.rows_to_register(rows, complete)
@@ -458,20 +472,20 @@ class Scheduler:
         if bad:
             self.rows.known[row] -= 1  # what was drawn from NaN is no token
             self.kv.forget_row(row)
-            sequence.error = "the model gave logits that are not finite; the request was ended"
-            self.finish(sequence, "error")
+            self._fail(sequence)
         elif stopped:
-            is_eos = token in sequence.request.eos_token_ids and not (
-                token in sequence.request.params.stop_token_ids
-            )
-            self.finish(sequence, "stop", None if is_eos else token)
+            self.finish(sequence, "stop", _stop_reason(sequence, token))
         else:
             self.finish(sequence, "length")
+
+    def _fail(self, sequence: Sequence) -> None:
+        sequence.error = "the model gave logits that are not finite; the request was ended"
+        self.finish(sequence, "error")
 
     def _take_orphan(
         self, plan: Plan, i: int, token: int, bad: bool, logprobs: Logprobs | None
     ) -> list[Event]:
-        """A draw whose row was given away since: preempted sequences keep it, ended ones drop it."""
+        """A draw whose row was given away: preempted sequences keep it, ended ones drop it."""
         sequence: Sequence = plan.owners[i]
         if sequence.is_finished or not sequence.num_in_flight:
             return []
@@ -479,8 +493,7 @@ class Scheduler:
         request = sequence.request
         if bad:
             sequence.num_in_flight = 0
-            sequence.error = "the model gave logits that are not finite; the request was ended"
-            self.finish(sequence, "error")
+            self._fail(sequence)
             return [Event(sequence, None)]
         sequence.saved.append(token)
         self.stats.num_drawn_tokens += 1
@@ -488,8 +501,7 @@ class Scheduler:
         length = len(request.prompt) + len(sequence.saved)
         enough = len(sequence.saved) >= request.params.min_tokens
         if token in request.stop_ids and enough:
-            is_eos = token in request.eos_token_ids and token not in request.params.stop_token_ids
-            self.finish(sequence, "stop", None if is_eos else token)
+            self.finish(sequence, "stop", _stop_reason(sequence, token))
         elif length >= request.end:
             self.finish(sequence, "length")
         elif not sequence.num_in_flight:
@@ -497,7 +509,8 @@ class Scheduler:
         return [event]
 
     def restart(self) -> None:
-        """The device lost its cache and every step in flight: all running sequences are computed anew."""
+        """The device lost its cache and every step in flight: all running sequences are computed
+        anew."""
         r = self.rows
         for row in np.flatnonzero(r.active).tolist():
             r.pending[row] = 0
@@ -509,6 +522,13 @@ class Scheduler:
                 if sequence.num_in_flight and not sequence.is_finished:
                     sequence.num_in_flight = 0
                     self.waiting.push(sequence)
+
+
+def _stop_reason(sequence: Sequence, token: int) -> int | None:
+    """None for the model's own end, else the stop id."""
+    request = sequence.request
+    is_own = token in request.eos_token_ids and token not in request.params.stop_token_ids
+    return None if is_own else token
 
 
 def _one(logprobs: Logprobs | None, row: int, sequence: Sequence) -> Logprobs | None:

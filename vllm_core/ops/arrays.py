@@ -30,7 +30,8 @@ class LazyArray:
 class Part:
     """Some rows of a parameter along its output axis, in one scheme.
 
-    tensors: the scheme's own names, for "dense" {"weight": [rows, in]} and perhaps {"bias": [rows]}.
+    tensors: the scheme's own names, for "dense" {"weight": [rows, in]} and perhaps {"bias":
+    [rows]}.
     """
 
     scheme: str
@@ -56,7 +57,8 @@ class ParamSpec:
 class Param:
     """Arrays on the device in a layout that the backend chose, and static facts. A pytree node.
 
-    For the scheme "dense": weight [out, in] (embedding [V, H], norm [H], experts [E, out, in]), bias [out].
+    For the scheme "dense": weight [out, in] (embedding [V, H], norm [H], experts [E, out, in]),
+    bias [out].
     """
 
     arrays: dict[str, Array]

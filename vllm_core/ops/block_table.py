@@ -1,7 +1,8 @@
 """A backend's view of the block tables in the device state.
 
-The core owns block ids and sends changes; how these are applied and looked up is the backend's. The form that its
-kernels read (rectangle, compact window, flat lists) is made once per step by the attention's `plan`.
+The core owns block ids and sends changes; how these are applied and looked up is the backend's. The
+form that its kernels read (rectangle, compact window, flat lists) is made once per step by the
+attention's `plan`.
 
 Knows: rows, columns, block ids. Does not know: who owns a block.
 """

@@ -1,7 +1,9 @@
-"""The contract of every op: signature, shapes, meaning. A binding implements it, a backend overrides it one by one.
+"""The contract of every op: signature, shapes, meaning. A binding implements it, a backend
+overrides it one by one.
 
-Model code and the step's programs use nothing but these methods, `xp` with the names in ARRAY_VOCABULARY,
-operators, indexing, `.shape`, `.dtype` and `.reshape`. The numpy binding is the law; `catalogue` says how to test.
+Model code and the step's programs use nothing but these methods, `xp` with the names in
+ARRAY_VOCABULARY, operators, indexing, `.shape`, `.dtype` and `.reshape`. The numpy binding is the
+law; `catalogue` says how to test.
 
 Knows: what each op computes. Does not know: how.
 """
@@ -88,7 +90,8 @@ class Ops(ABC):
 
     @abstractmethod
     def words(self, x: Array) -> Array:
-        """An integer array as words: a type that holds unsigned 32-bit values and their arithmetic."""
+        """An integer array as words: a type that holds unsigned 32-bit values and their
+        arithmetic."""
 
     @abstractmethod
     def word(self, value: int) -> Array | int:
@@ -96,7 +99,8 @@ class Ops(ABC):
 
     @abstractmethod
     def stack_layers(self, layers: Sequence[Any], specs: Sequence[Any]) -> Any:
-        """Per-layer parameter trees in the form that `layers` walks; runs of equal specs may be stacked."""
+        """Per-layer parameter trees in the form that `layers` walks; runs of equal specs may be
+        stacked."""
 
     @abstractmethod
     def layers(
@@ -105,7 +109,8 @@ class Ops(ABC):
         """Runs body over the layers; spec.kv_layer is the layer's index in its KV group."""
 
     def repeat(self, count: int, body: Callable[[Any], Any], carry: Any) -> Any:
-        """body applied `count` times to a tree of arrays; worth a loop where programs are traced."""
+        """body applied `count` times to a tree of arrays; worth a loop where programs are
+        traced."""
         for _ in range(count):
             carry = body(carry)
         return carry
@@ -125,7 +130,8 @@ class Ops(ABC):
 
     @abstractmethod
     def rms_norm(self, x: Array, param: Param, eps: float) -> Array:
-        """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 -> x's dtype."""
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32 -> x's
+        dtype."""
 
     @abstractmethod
     def add_rms_norm(
@@ -141,11 +147,13 @@ class Ops(ABC):
     def rope_table(
         self, positions: Array, inverse_frequency: HostArray, scale: float
     ) -> tuple[Array, Array]:
-        """(cos, sin) [T, rotary/2] float32 of float32 position x float32 inverse frequency, times scale."""
+        """(cos, sin) [T, rotary/2] float32 of float32 position x float32 inverse frequency, times
+        scale."""
 
     @abstractmethod
     def rope(self, x: Array, cos: Array, sin: Array) -> Array:
-        """Rotates x [T, heads, D]: pairs (i, i + rotary/2) of the first 2 * cos.shape[-1] dims; the rest stays."""
+        """Rotates x [T, heads, D]: pairs (i, i + rotary/2) of the first 2 * cos.shape[-1] dims; the
+        rest stays."""
 
     @abstractmethod
     def silu_and_mul(self, x: Array) -> Array:
@@ -165,23 +173,24 @@ class Ops(ABC):
     ) -> tuple[Array, Array]:
         """[T, E] router logits -> (expert ids [T, k] int32, weights [T, k] float32).
 
-        Softmax in float32 over all experts, the k largest (ties to the lowest id), rescaled to sum 1 when
-        `renormalize`. Tokens that are not valid go to expert E, which does not exist, with weight 0.
+        Softmax in float32 over all experts, the k largest (ties to the lowest id), rescaled to sum
+        1 when
+        `renormalize`. Tokens that are not valid go to expert E, which does not exist, with weight
+        0.
         """
 
     @abstractmethod
     def moe_experts(
         self, x: Array, ids: Array, weights: Array, gate_up: Param, down: Param
     ) -> Array:
-        """sum_k weights[t,k] * down[e] @ silu_and_mul(gate_up[e] @ x[t]) with e = ids[t,k]; e >= E adds 0.
+        """sum_k weights[t,k] * down[e] @ silu_and_mul(gate_up[e] @ x[t]) with e = ids[t,k]; e >= E
+        adds 0.
 
         x [T, H], gate_up weight [E, 2F, H], down weight [E, H, F] -> [T, H].
         """
 
     # ---- ops of the step: one text over the vocabulary, in `stepping` and `sampling`
-    def apply(
-        self, block_tables: BlockTables, state: DeviceState, changes: Changes
-    ) -> DeviceState:
+    def apply(self, block_tables: BlockTables, state: DeviceState, changes: Changes) -> DeviceState:
         """See stepping.apply."""
         return stepping.apply(self, block_tables, state, changes)
 
@@ -214,9 +223,7 @@ class Ops(ABC):
         """See sampling.sample."""
         return sampling.sample(self, logits, params, positions, history, bias, features)
 
-    def keep_top(
-        self, z: Array, w: Array, unit: Array, need: tuple[Array, Array]
-    ) -> Array:
+    def keep_top(self, z: Array, w: Array, unit: Array, need: tuple[Array, Array]) -> Array:
         """See sampling.keep_top; worth a sort or a candidate list of the device's own."""
         return sampling.keep_top(self, z, w, unit, need)
 

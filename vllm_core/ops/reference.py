@@ -1,4 +1,5 @@
-"""The numpy law of every numeric op, in the dtype of its arguments (float64 arguments give the oracle).
+"""The numpy law of every numeric op, in the dtype of its arguments (float64 arguments give the
+oracle).
 
 Knows: the mathematics. Does not know: Params, devices, speed.
 """
@@ -107,7 +108,8 @@ def attention(
     softcap: float | None = None,
     sinks: HostArray | None = None,
 ) -> tuple[HostArray, HostArray]:
-    """One sequence: q [n, Hq, D], k [L, Hkv, D], v [L, Hkv, Dv], positions [n] -> out [n, Hq, Dv], lse [n, Hq].
+    """One sequence: q [n, Hq, D], k [L, Hkv, D], v [L, Hkv, Dv], positions [n] -> out [n, Hq, Dv],
+    lse [n, Hq].
 
     Keys at positions that a query must not see may hold anything.
     """

@@ -1,7 +1,8 @@
 """The data of one step that crosses the seam, and the columns of a row's sampling parameters.
 
-Letters as in the seam: T padded tokens, S padded rows of the step, N rows that can live at once, M table width of
-a KV group, P history slots, L history length, B bias slots, V vocabulary, R rows that need logits, C changes.
+Letters as in the seam: T padded tokens, S padded rows of the step, N rows that can live at once, M
+table width of a KV group, P history slots, L history length, B bias slots, V vocabulary, R rows
+that need logits, C changes.
 
 Knows: names, shapes, meaning. Does not know: how a backend stores them.
 """
@@ -40,7 +41,8 @@ NUM_COLUMNS = Column.HELD_IDS + MAX_MIN_TOKENS_STOP_IDS
 
 
 class DeviceState(NamedTuple):
-    """Rows for life. Row N is scrap: padding reads and writes it, so that no scatter needs a mask."""
+    """Rows for life. Row N is scrap: padding reads and writes it, so that no scatter needs a
+    mask."""
 
     tables: tuple[Array, ...]  # per KV group [N+1, M_g] int32, block ids
     num_tokens: Array  # [N+1] int32, tokens whose KV is in the cache
@@ -52,7 +54,8 @@ class DeviceState(NamedTuple):
 
 @dataclass(frozen=True)
 class Features:
-    """Which branches a step needs. Host knowledge: nothing is read back from the device to decide it."""
+    """Which branches a step needs. Host knowledge: nothing is read back from the device to decide
+    it."""
 
     draw: bool = False  # some row has a temperature above 0
     filters: bool = False  # some row uses top-k, top-p or min-p
@@ -88,7 +91,8 @@ class BucketKey:
 
 
 class StepInput(NamedTuple):
-    """Changes only, unpacked from one int32 buffer. Everything that follows from them is computed by `expand`."""
+    """Changes only, unpacked from one int32 buffer. Everything that follows from them is computed
+    by `expand`."""
 
     row: Array  # [S] padding N
     query_start: Array  # [S+1] padding repeats the total
@@ -101,7 +105,8 @@ class StepInput(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What does not fit a step's buffer goes ahead of it through the program `apply`, as often as needed."""
+    """What does not fit a step's buffer goes ahead of it through the program `apply`, as often as
+    needed."""
 
     table_changes: tuple[Array, ...]  # per group [C, 3]
     history_changes: Array  # [C, 3]

@@ -68,7 +68,8 @@ def build_step(plan: Plan, layout: StepLayout) -> tuple[HostArray, HostStep]:
 
 
 def overflow(plan: Plan, layout: StepLayout) -> Iterator[tuple[HostArray, HostArray]]:
-    """(tables [G, C, 3], history [C, 3]) for each call of `apply` that must go ahead of the step."""
+    """(tables [G, C, 3], history [C, 3]) for each call of `apply` that must go ahead of the
+    step."""
     size = layout.num_changes
     scrap = (layout.num_rows, layout.num_history_slots)
     ahead = [_ahead(c, size) for c in plan.table_changes]

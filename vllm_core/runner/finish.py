@@ -65,6 +65,7 @@ def score(
     index: Array,
     targets: Array,
 ) -> tuple[Logprobs]:
-    """Log-probabilities of targets [n] under the logits of hidden[index]: the prompt's own tokens."""
+    """Log-probabilities of targets [n] under the logits of hidden[index]: the prompt's own
+    tokens."""
     logits = decoder.logits(device, spec, params, hidden[index])
     return (device.ops.logprobs(logits, targets, count),)

@@ -93,8 +93,11 @@ def plan_memory(
     token_budget: int,
     dtype: str,
 ) -> MemoryPlan:
-    """Decides block size, blocks per pool and the longest context. CapacityError when it cannot work."""
-    groups = kv_groups(spec, choose_block_tokens(attention, spec.attention_specs, config.block_size))
+    """Decides block size, blocks per pool and the longest context. CapacityError when it cannot
+    work."""
+    groups = kv_groups(
+        spec, choose_block_tokens(attention, spec.attention_specs, config.block_size)
+    )
     length = min(config.max_model_len or spec.max_model_len, spec.max_model_len)
     if config.max_model_len is not None and config.max_model_len > spec.max_model_len:
         raise InvalidArgument(
@@ -144,7 +147,8 @@ def _share(
     config: EngineConfig,
     chunk: int,
 ) -> tuple[int, dict[int, int]]:
-    """(longest context, blocks per pool): every pool holds as many longest sequences as the others."""
+    """(longest context, blocks per pool): every pool holds as many longest sequences as the
+    others."""
     size = groups[0].block_tokens
     nulls = sum(block_bytes.values())
 

@@ -34,9 +34,7 @@ def step_program(
         hidden, kept, kv = decoder.forward(
             device, spec, params, kv, step, view, plans, key.features.keep_hidden
         )
-        result, state = finish(
-            device, spec, params, hidden, state, step, view, key.features
-        )
+        result, state = finish(device, spec, params, hidden, state, step, view, key.features)
         return state, kv, result, kept
 
     return Program("step", run, consumes=(1, 2), num_results=2, workspace=workspace)

@@ -58,10 +58,13 @@ class TorchRuntime(Runtime):
             raise NotSupported(
                 f"torch computes in {', '.join(DTYPES)} here, not in {dtype!r}; choose one of these"
             )
-        self.caps = Capabilities(dtypes=frozenset(DTYPES), default_dtype=default)
+        is_host = device.type == "cpu"
+        self.caps = Capabilities(
+            dtypes=frozenset(DTYPES), default_dtype=default, shares_host_memory=is_host
+        )
         self.torch_device = device
         self.threads = threads or machine.usable_cpus()
-        self._is_host = device.type == "cpu"
+        self._is_host = is_host
         self._stream: Stream | None = None
         if self._is_host:
             torch.set_num_threads(self.threads)
