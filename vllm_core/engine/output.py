@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vllm_core.engine.request import Event, Request, Sequence
-from vllm_core.ops import Logprobs
+from vllm_core.ops import HostArray, Logprobs
 from vllm_core.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 from vllm_core.text.detokenizer import IncrementalDetokenizer
 from vllm_core.text.tokenizer import Tokenizer
@@ -83,7 +83,7 @@ class RequestState:
         for ids, values, rank in zip(scores.ids, scores.values, scores.rank, strict=True):
             self.prompt_logprobs.append(self._table(ids, values, int(rank)))
 
-    def _table(self, ids: Logprobs, values: Logprobs, rank: int) -> TokenLogprobs:
+    def _table(self, ids: HostArray, values: HostArray, rank: int) -> TokenLogprobs:
         """Column 0 is the token itself, the rest the most likely ones in order."""
         found: TokenLogprobs = {}
         for place, (token, value) in enumerate(zip(ids.tolist(), values.tolist(), strict=True)):

@@ -121,7 +121,7 @@ def attention(
         visible &= j <= positions[:, None]
     if window is not None:
         visible &= j > positions[:, None] - window
-    seen = visible.any(0)[:, None, None]
+    seen = visible.max(0, initial=False)[:, None, None]
     k, v = np.where(seen, wide(k), 0), np.where(seen, wide(v), 0)  # dead slots stay dead
     grouped = wide(q).reshape(n, num_kv, num_heads // num_kv, -1)
     score = np.einsum("nkgd,lkd->nkgl", grouped, k) * scale

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from vllm_core.errors import InvalidArgument, ModelError
@@ -35,7 +37,7 @@ TOOL = {
 }
 
 
-def rendered(tokenizer: Tokenizer, messages: object, **arguments: object) -> str:
+def rendered(tokenizer: Tokenizer, messages: Any, **arguments: Any) -> str:
     ids = render(tokenizer, messages, **({"template": PLAIN} | arguments))
     return tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -170,7 +172,7 @@ def test_golden_chats_have_the_recorded_prompt_ids(real_directory, real, data, g
 def test_well_known_template_renders_a_chat(real, data, name):
     template = (data / "templates" / f"{name}.jinja").read_text()
     tokenizer = real("qwen3" if "Qwen" in name else "llama3.2")
-    tools = {"tools": [TOOL]} if name.endswith("tool_use") else {}
+    tools: dict[str, Any] = {"tools": [TOOL]} if name.endswith("tool_use") else {}
     text = tokenizer.decode(render(tokenizer, CHAT, template=template, **tools))
     positions = [text.index(message["content"]) for message in CHAT]
     assert positions == sorted(positions)
