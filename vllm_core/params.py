@@ -192,5 +192,6 @@ def _check(p: SamplingParams) -> None:
     )
     _require(
         p.n == 1 or not p.is_greedy,
-        f"n={p.n} with temperature 0 would draw one sequence {p.n} times; raise it or set n=1",
+        f"n={p.n} with temperature 0 would draw the same sequence {p.n} times; "
+        "raise temperature or set n=1",
     )

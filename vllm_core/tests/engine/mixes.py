@@ -27,17 +27,17 @@ tokens = st.integers(0, VOCAB - 1)
 
 
 @st.composite
-def sampling(draw: Any, plain: bool = False) -> dict[str, Any]:
-    """Keyword arguments of SamplingParams; plain: greedy, nothing but ends."""
+def sampling(draw: Any, plain: bool) -> dict[str, Any]:
+    """Keyword arguments of SamplingParams; plain: greedy, nothing but stop ids."""
     params: dict[str, Any] = {"max_tokens": draw(st.sampled_from((1, 3, 8, 16, 16))), "seed": draw(st.integers(0, 9))}
     params["temperature"] = 0.0
     if draw(st.booleans()):
         params["stop_token_ids"] = tuple(draw(st.lists(tokens, max_size=6)))
-    if draw(st.booleans()):
-        params["min_tokens"] = draw(st.integers(0, params["max_tokens"]))
     params["ignore_eos"] = draw(st.booleans())
     if plain:
         return params
+    if draw(st.booleans()):
+        params["min_tokens"] = draw(st.integers(0, params["max_tokens"]))
     if draw(st.booleans()):
         params["temperature"] = draw(st.sampled_from((0.5, 1.0, 1.7)))
         params["n"] = draw(st.sampled_from((1, 1, 2, 3)))
@@ -59,12 +59,17 @@ def sampling(draw: Any, plain: bool = False) -> dict[str, Any]:
 
 
 @st.composite
-def requests(draw: Any, plain: bool = False, most: int = 7) -> list[Request]:
+def requests(draw: Any, num_alternatives: int | None = None) -> list[Request]:
+    """With num_alternatives each reports as many, and three of four are plain."""
     found = []
-    for i in range(draw(st.integers(2, most))):
+    for i in range(draw(st.integers(2, 7))):
         prompt = draw(st.sampled_from(PREFIXES)) + draw(st.lists(tokens, min_size=1, max_size=8))
         priority = draw(st.integers(0, 2))
-        found.append(make_request(prompt, f"r{i}", priority, **draw(sampling(plain))))
+        is_plain = num_alternatives is not None and draw(st.integers(0, 3)) > 0
+        params = draw(sampling(is_plain))
+        if num_alternatives is not None:
+            params["logprobs"] = num_alternatives
+        found.append(make_request(prompt, f"r{i}", priority, **params))
     return found
 
 
