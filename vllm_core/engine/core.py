@@ -62,8 +62,8 @@ class EngineCore:
     def is_stalled(self) -> bool:
         """Nothing is in flight and every running request is paused: a step would do nothing."""
         rows = self.scheduler.rows
-        waits = bool(self.scheduler.waiting) and bool(rows.free)
-        return not self._in_flight and not waits and not (rows.active & ~rows.paused).any()
+        runs = bool((rows.active & ~rows.paused).any())
+        return not self._in_flight and not runs and not self.scheduler.waiting
 
     def step(self) -> list[Event]:
         """Plans and submits a step, then takes in the oldest one in flight. May return nothing."""

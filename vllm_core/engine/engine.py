@@ -155,7 +155,7 @@ class LLMEngine:
                     self.core.finish(sequence, "stop", stop)
                 else:  # the last token allowed completed the stop string
                     sequence.finish_reason, sequence.stop_reason = "stop", stop
-            if sequence.is_finished:
+            if sequence.is_finished and event.prompt_scores is None:  # its last token comes after
                 state.end(sequence)
         for request_id, state in changed.items():
             if state.request.is_finished:

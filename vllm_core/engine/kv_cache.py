@@ -150,12 +150,14 @@ class KVCache:
                     self.pools[group.pool].register(block, (g, own[column]))
             self.num_registered[g, row] = full
 
-    def forget_row(self, row: int) -> None:
-        """The content of a row's own blocks must not be shared any more (it holds NaN)."""
+    def forget(self, hashes: dict[int, list[bytes]]) -> None:
+        """These blocks' content must not be shared any more (it holds NaN), wherever it is now."""
         for g, group in enumerate(self.groups):
-            for block in self.blocks[g][row, : int(self.num_blocks[g, row])].tolist():
-                if block:
-                    self.pools[group.pool].forget(block)
+            pool = self.pools[group.pool]
+            for own in hashes.get(group.block_tokens, ()):
+                block = pool.find((g, own))
+                if block is not None:
+                    pool.forget(block)
 
     def forget_all(self) -> None:
         for pool in self.pools:

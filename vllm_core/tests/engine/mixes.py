@@ -17,7 +17,7 @@ from vllm_core.tests.engine.tiny import (
     make_request,
 )
 
-PREFIXES = ([], [7, 8, 9, 10, 11], list(range(20, 36)))
+PREFIXES: tuple[list[int], ...] = ([], [7, 8, 9, 10, 11], list(range(20, 36)))
 """Starts that prompts may share."""
 
 LONGEST = 16 + 8 + 16
@@ -29,7 +29,10 @@ tokens = st.integers(0, VOCAB - 1)
 @st.composite
 def sampling(draw: Any, plain: bool) -> dict[str, Any]:
     """Keyword arguments of SamplingParams; plain: greedy, nothing but stop ids."""
-    params: dict[str, Any] = {"max_tokens": draw(st.sampled_from((1, 3, 8, 16, 16))), "seed": draw(st.integers(0, 9))}
+    params: dict[str, Any] = {
+        "max_tokens": draw(st.sampled_from((1, 3, 8, 16, 16))),
+        "seed": draw(st.integers(0, 9)),
+    }
     params["temperature"] = 0.0
     if draw(st.booleans()):
         params["stop_token_ids"] = tuple(draw(st.lists(tokens, max_size=6)))
@@ -49,7 +52,9 @@ def sampling(draw: Any, plain: bool) -> dict[str, Any]:
         params["presence_penalty"] = draw(st.sampled_from((0.0, 0.7)))
         params["frequency_penalty"] = draw(st.sampled_from((0.0, 0.9)))
     if draw(st.integers(0, 2)) == 0:
-        params["logit_bias"] = draw(st.dictionaries(tokens, st.sampled_from((-3.0, 4.0)), max_size=3))
+        params["logit_bias"] = draw(
+            st.dictionaries(tokens, st.sampled_from((-3.0, 4.0)), max_size=3)
+        )
         params["banned_token_ids"] = tuple(draw(st.lists(tokens, max_size=3)))
     if draw(st.integers(0, 2)) == 0:
         params["logprobs"] = draw(st.sampled_from((0, 3)))

@@ -32,7 +32,11 @@ def run(checkpoint: Path) -> Run:
 
     def run(scenario: Scenario, **config: Any) -> None:
         async def main() -> None:
-            options: dict[str, Any] = {"backend": "reference", "load_format": "dummy", "max_num_seqs": 4} | config
+            options: dict[str, Any] = {
+                "backend": "reference",
+                "load_format": "dummy",
+                "max_num_seqs": 4,
+            } | config
             async with AsyncLLM(str(checkpoint), **options) as llm:
                 await asyncio.wait_for(scenario(llm), 60)
                 if llm._failure is not None:

@@ -1,4 +1,4 @@
-"""The loop: samples of one prompt, log-probabilities, faults of rows and of programs, capacity, aborts."""
+"""The loop: samples of one prompt, log-probabilities, faults, capacity, aborts, pauses."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def test_samples_differ_and_each_is_the_one_drawn_alone_with_its_index(caching: 
 
 def test_without_prefix_caching_requests_share_nothing() -> None:
     core = make_core(Setup(enable_prefix_caching=False))
-    run(core, [make_request(LONG, "a", n=2, seed=0), make_request(LONG, "b", n=2, seed=0)])
+    for name in "ab":
+        request = make_request(LONG, name, n=2, seed=0)
+        run(core, [request])
+        assert [s.num_hit_tokens for s in request.sequences] == [0, 20]
     run(core, [make_request(LONG, "c")])
     assert core.stats()["prefix_hit_tokens"] == 2 * 20
 
@@ -131,7 +134,7 @@ def test_a_row_with_nan_logits_fails_alone(is_async: bool) -> None:
     setup = Setup(is_async=is_async)
     core = make_core(setup, weights=poisoned_weights(setup, 66))
     watch(core)
-    ban = {"banned_token_ids": (66,), "max_tokens": 8, "temperature": 0}
+    ban: dict[str, Any] = {"banned_token_ids": (66,), "max_tokens": 8, "temperature": 0}
     good = [make_request(LONG[:n], f"g{n}", **ban) for n in (3, 9, 20)]
     bad = make_request([*LONG[:9], 66, *LONG], "bad", **ban, n=1)
     twins = make_request([66, 5, 6, 7, 8], "twins", n=2, temperature=1.0)
@@ -149,8 +152,10 @@ def test_a_row_with_nan_logits_fails_alone(is_async: bool) -> None:
     check_empty(core.scheduler)
 
 
-def test_nan_in_a_later_chunk_leaves_no_block_to_share() -> None:
-    setup = Setup(token_budget=8)
+@pytest.mark.parametrize("windows", [FULL, TWO_GROUPS])
+def test_nan_in_a_first_chunk_leaves_no_block_to_share(windows: tuple[int | None, ...]) -> None:
+    """Not even blocks that had left a window when the fault was seen."""
+    setup = Setup(windows=windows, token_budget=8)
     core = make_core(setup, weights=poisoned_weights(setup, 66))
     prompt = [66, *range(20)]
     run(core, [make_request(prompt)])
@@ -220,10 +225,23 @@ def test_a_program_that_always_fails_ends_in_its_error_after_three_tries() -> No
     assert runtime.num_steps == MAX_FAILURES == 3
 
 
-# ---------------------------------------------------------------- what never fits, and what is not known
+def test_the_sample_that_may_draw_is_never_the_one_preempted() -> None:
+    """One draw per step: were the one that draws preempted, the step would be empty."""
+    setup = Setup(block_tokens=4, num_rows=3, max_draws=1, constraints=StepConstraints(False))
+    for num_blocks in range(8, 15):
+        core = make_core(replace(setup, num_blocks=num_blocks))
+        watch(core)
+        request = make_request(
+            [5, 6, 7], n=3, temperature=1.0, seed=1, max_tokens=22, ignore_eos=True
+        )
+        streams = run(core, [request])
+        assert [len(streams["r", i].tokens) for i in range(3)] == [22] * 3
+
+
+# ---------------------------------------------------------------- what is refused
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers() -> None:
     core = make_core(Setup())
-    with pytest.raises(CapacityError, match=f"{MAX_LEN} tokens.*{MAX_LEN}"):
+    with pytest.raises(CapacityError, match=rf"{MAX_LEN} tokens.*{MAX_LEN}"):
         core.add(make_request([1] * MAX_LEN))
     core.add(make_request([1] * (MAX_LEN - 1)))
     streams = run(core, [])
@@ -233,7 +251,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers() -> None:
 def test_a_request_that_the_cache_can_never_hold_is_refused() -> None:
     core = make_core(Setup(num_blocks=6))  # five of them usable: 20 tokens
     core.add(make_request([1] * 14, "fits", max_tokens=6, ignore_eos=True))
-    with pytest.raises(CapacityError, match="21 tokens needs 6 KV blocks.*has 5"):
+    with pytest.raises(CapacityError, match=r"21 tokens needs 6 KV blocks.*has 5"):
         core.add(make_request([1] * 15, "not", max_tokens=6))
     assert len(run(core, [])["fits", 0].tokens) == 6
     check_empty(core.scheduler)
@@ -385,9 +403,10 @@ def test_a_paused_request_runs_in_no_step_even_after_it_lost_its_blocks() -> Non
     known = len(streams["slow", 0].tokens)
     core.add(other)
     while not other.is_finished:
+        assert not core.is_stalled
         take(streams, core.step())
     for _ in range(3):
-        assert core.step() == []
+        assert core.step() == [] and core.is_stalled
     assert len(streams["slow", 0].tokens) == known and slow.sequences[0].num_preemptions == 1
     core.scheduler.pause("slow", False)
     while core.has_work:

@@ -1,4 +1,4 @@
-"""However requests are batched, chunked, preempted and shared, each gets the tokens that it gets alone."""
+"""However requests are batched, chunked, preempted and shared, each gets its tokens of alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_core.engine.request import Request
-from vllm_core.params import SamplingParams
 from vllm_core.tests.engine import mixes
 from vllm_core.tests.engine.tiny import (
     Setup,
     Stream,
     Streams,
     make_core,
-    replace_request,
     run,
     run_alone,
 )

@@ -1,7 +1,8 @@
 """Scheduler and KV cache against a small model of them, without a device.
 
-Results are made up: token i of a sequence follows from the request and i alone, so that a token lost, doubled or out
-of order shows whatever was preempted in between. Steps come back late, as they do when the device runs behind.
+Results are made up: token i of a sequence follows from the request and i alone, so that a token
+lost, doubled or out of order shows whatever was preempted in between. Steps come back late, as they
+do when the device runs behind.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.paused ^= {name}
         self.ever_paused.add(self.scheduler.requests[name].arrival)
 
-    # ---------------------------------------------------------------- what the loop and the device do
+    # ---------------------------------------------------------------- what loop and device do
     @precondition(lambda self: len(self.in_flight) < MAX_IN_FLIGHT)
     @rule()
     def schedule(self) -> None:
@@ -186,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._check_tokens(plan, i)
 
     def _check_tokens(self, plan: Plan, i: int) -> None:
-        """The ids sent are the sequence's own at these positions, or the one that the device drew."""
+        """The ids sent are the sequence's own at these places, or the one that the device drew."""
         sequence = plan.owners[i]
         own = [*sequence.request.prompt, *self.expected[id(sequence)].full_answer()]
         begin = int(plan.query_len[:i].sum())
@@ -225,12 +226,21 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert not known.is_ended
                 known.is_ended = True
                 known.is_poisoned = sequence.finish_reason == "error"
+                assert not known.is_poisoned or not self._can_be_shared(sequence)
                 if not known.is_poisoned:
                     assert known.tokens == known.full_answer()
                     by_stop = known.tokens[-1] in sequence.request.stop_ids
                     assert sequence.finish_reason == ("stop" if by_stop else "length") or (
                         by_stop and len(known.tokens) < sequence.request.params.min_tokens
                     )
+
+    def _can_be_shared(self, sequence: Sequence) -> bool:
+        kv = self.scheduler.kv
+        return any(
+            kv.pools[group.pool].find((g, own)) is not None
+            for g, group in enumerate(kv.groups)
+            for own in sequence.hashes.get(group.block_tokens, [])
+        )
 
     def _check_scores(self, sequence: Sequence, first: int, scores: Logprobs) -> None:
         request = sequence.request
@@ -273,9 +283,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert sequence.row == -1
                     continue
                 sibling = sequence.index > 0 and not request.sequences[0].is_prompt_done
-                places = (
-                    (sequence.row >= 0) + (sequence in waiting) + (sequence.num_in_flight > 0)
-                )
+                places = (sequence.row >= 0) + (sequence in waiting) + (sequence.num_in_flight > 0)
                 assert places == (0 if sibling else 1)
 
     @invariant()

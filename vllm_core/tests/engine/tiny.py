@@ -25,6 +25,7 @@ VOCAB, HIDDEN, HEADS, KV_HEADS, DIM, FFN = 67, 32, 4, 2, 8, 48
 EPS = 1e-5
 EOS = (3,)
 MAX_LEN = 48
+NO_CONSTRAINTS = StepConstraints()
 
 FULL = (None, None)
 TWO_GROUPS = (None, 6)
@@ -133,7 +134,7 @@ def log_softmax(logits: HostArray) -> HostArray:
 class Constrained(NumpyRuntime):
     """The reference in float64 with declared constraints."""
 
-    def __init__(self, constraints: StepConstraints = StepConstraints()) -> None:
+    def __init__(self, constraints: StepConstraints = NO_CONSTRAINTS) -> None:
         super().__init__("float64")
         self._constraints = constraints
 
@@ -156,7 +157,7 @@ class Setup:
     max_draws: int | None = None
     num_slots: int | None = None
     """History and bias slots each; None: one per row."""
-    constraints: StepConstraints = StepConstraints()
+    constraints: StepConstraints = NO_CONSTRAINTS
     sharpness: float = 1.0
 
 
@@ -292,7 +293,9 @@ def run(
     return streams
 
 
-def run_alone(setup: Setup, request: Request, index: int = 0, runtime: Runtime | None = None) -> Stream:
+def run_alone(
+    setup: Setup, request: Request, index: int = 0, runtime: Runtime | None = None
+) -> Stream:
     """The sequence on an engine of its own: a large cache, one chunk, no sharing, not ahead."""
     roomy = replace(
         setup,

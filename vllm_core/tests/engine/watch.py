@@ -12,7 +12,7 @@ from vllm_core.plan import Plan
 
 
 class Watch:
-    """Looks at each plan as it leaves the scheduler, and keeps the tables that the device now has."""
+    """Looks at each plan as it leaves the scheduler, and keeps the tables that the device has."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler

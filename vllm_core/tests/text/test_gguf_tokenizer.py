@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from vllm_core import envs
 from vllm_core.errors import ModelError
 from vllm_core.text.gguf_tokenizer import (
     PRE_TOKENIZERS,
@@ -17,6 +16,7 @@ from vllm_core.text.gguf_tokenizer import (
     read_tokenizer_metadata,
 )
 from vllm_core.text.tokenizer import Tokenizer, load_tokenizer
+from vllm_core.weights.demo import demo_model_path
 
 State = dict[str, Any]
 """What stands in a tokenizer.json."""
@@ -121,9 +121,9 @@ def test_real_sentencepiece_tokenizers_survive_the_trip(
 
 
 def test_demo_model_has_the_tokenizer_of_smollm2(real, texts, long_texts):
-    path = envs.demo_model()
+    path = demo_model_path()
     if path is None:
-        pytest.skip("VLLM_CORE_DEMO_MODEL is not set: the tokenizer of the demo GGUF not checked")
+        pytest.skip("the demo model is not installed: its tokenizer was not checked")
     got, wanted = load_tokenizer(path), real("smollm2")
     assert_same(got, wanted, [*texts, *long_texts])
     assert got.eos_token_ids == wanted.eos_token_ids == (2,)
