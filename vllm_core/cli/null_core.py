@@ -8,7 +8,7 @@ from __future__ import annotations
 from vllm_core.backend import AttentionSpec, KVFormat
 from vllm_core.backend.null import NullAttention, NullRuntime
 from vllm_core.engine.core import EngineCore
-from vllm_core.engine.scheduler import Limits
+from vllm_core.engine.limits import Limits
 from vllm_core.models.spec import FFNSpec, LayerSpec, ModelSpec, kv_groups
 from vllm_core.runner.memory import AHEAD, choose_block_tokens
 from vllm_core.runner.runner import ModelRunner, Sizes

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import deque
 
 from vllm_core.engine.kv_cache import KVCache
+from vllm_core.engine.limits import Limits
 from vllm_core.engine.request import Event, Request, Sequence
-from vllm_core.engine.scheduler import Limits, Scheduler
+from vllm_core.engine.scheduler import Scheduler
 from vllm_core.errors import CapacityError, DeviceLost, InvalidArgument, NotSupported
 from vllm_core.log import get_logger
 from vllm_core.outputs import FinishReason

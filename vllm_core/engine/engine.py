@@ -13,9 +13,9 @@ from typing import Any
 
 from vllm_core.config import EngineConfig
 from vllm_core.engine.core import EngineCore
+from vllm_core.engine.limits import Limits
 from vllm_core.engine.output import RequestState
 from vllm_core.engine.request import Request
-from vllm_core.engine.scheduler import Limits
 from vllm_core.errors import InvalidArgument, ModelError
 from vllm_core.params import SamplingParams
 from vllm_core.runner.worker import Opened, Progress, no_progress, open_model

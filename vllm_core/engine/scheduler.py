@@ -11,46 +11,19 @@ text.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
-from vllm_core.backend import StepConstraints
 from vllm_core.engine import prefix_cache
 from vllm_core.engine.kv_cache import KVCache
+from vllm_core.engine.limits import Limits, Stats
 from vllm_core.engine.queue import WaitingQueue, rank_of
 from vllm_core.engine.request import Event, Request, Sequence
+from vllm_core.engine.row_news import RowNews
 from vllm_core.engine.rows import Rows
 from vllm_core.errors import CapacityError, InvalidArgument
-from vllm_core.ops import NUM_COLUMNS, HostArray, Logprobs, StepResult
+from vllm_core.ops import HostArray, Logprobs, StepResult
 from vllm_core.outputs import FinishReason
 from vllm_core.plan import Plan, PromptTargets, StepNeeds
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the engine and the backend allow in one step."""
-
-    num_rows: int
-    token_budget: int
-    max_model_len: int
-    num_history_slots: int
-    num_bias_slots: int
-    max_draws: int
-    constraints: StepConstraints = field(default_factory=StepConstraints)
-    enable_prefix_caching: bool = True
-    policy: str = "fcfs"
-
-
-@dataclass
-class Stats:
-    """Counters since the start."""
-
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_hit_tokens: int = 0
-    num_drawn_tokens: int = 0
 
 
 class Scheduler:
@@ -63,11 +36,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.stats = Stats()
         self._num_arrivals = 0
-        self._resets: dict[int, HostArray] = {}
-        self._history: list[tuple[int, int, int]] = []
-        self._bias: dict[int, tuple[int, HostArray]] = {}
-        self._free_history = list(range(limits.num_history_slots - 1, -1, -1))
-        self._free_bias = list(range(limits.num_bias_slots - 1, -1, -1))
+        self.news = RowNews(limits, self.rows)
         self._query = np.zeros(limits.num_rows, np.int64)
         budget = limits.token_budget
         if limits.constraints.max_tokens is not None:
@@ -228,17 +197,10 @@ class Scheduler:
             self.waiting.push(sequence)
 
     def _release(self, row: int) -> None:
-        r, limits = self.rows, self.limits
+        r = self.rows
         self.kv.release(row)
         self._query[row] = 0  # it may have been chosen for the step that is being planned
-        self._resets.pop(row, None)
-        self._bias.pop(row, None)
-        slot = int(r.history_slot[row])
-        if slot < limits.num_history_slots:
-            self._history = [c for c in self._history if c[0] != slot]
-            self._free_history.append(slot)
-        if r.bias_slot[row] < limits.num_bias_slots:
-            self._free_bias.append(int(r.bias_slot[row]))
+        self.news.release(row)
         r.release(row)
 
     def _admit(self) -> int | None:
@@ -259,7 +221,7 @@ class Scheduler:
                 prefix_cache.extend(own, first, tokens, size)
         while True:
             hit = None
-            if self._has_slots(sequence):
+            if self.rows.free and self.news.has_slots(sequence):
                 row = self.rows.free[-1]
                 hit = self.kv.admit(row, tokens, sequence.hashes, max_hit, self.token_budget)
             if hit is not None:
@@ -273,15 +235,8 @@ class Scheduler:
         self.stats.num_hit_tokens += hit
         if not sequence.num_preemptions:
             sequence.num_hit_tokens = hit
-        self._give_slots(sequence, row, tokens, hit)
+        self.news.admit(sequence, row, tokens, hit)
         return row
-
-    def _has_slots(self, sequence: Sequence) -> bool:
-        """Whether a row, and the history and bias slots that it needs, are free."""
-        params = sequence.request.params
-        has_history = not params.needs_history or bool(self._free_history)
-        has_bias = not params.needs_bias or bool(self._free_bias)
-        return bool(self.rows.free) and has_history and has_bias
 
     def _preempt_below(self, sequence: Sequence) -> bool:
         """Preempts a paused row, or under the policy "priority" one that ranks strictly lower."""
@@ -295,20 +250,6 @@ class Scheduler:
             return False
         self._preempt(victim)
         return True
-
-    def _give_slots(self, sequence: Sequence, row: int, tokens: HostArray, hit: int) -> None:
-        """History and bias slots, and the row's parameters for the device."""
-        r, limits, params = self.rows, self.limits, sequence.request.params
-        r.history_slot[row] = limits.num_history_slots
-        if params.needs_history:
-            slot = r.history_slot[row] = self._free_history.pop()
-            self._history += [(int(slot), i, int(tokens[i])) for i in range(hit)]
-        r.bias_slot[row] = limits.num_bias_slots
-        if sequence.request.bias is not None:
-            slot = r.bias_slot[row] = self._free_bias.pop()
-            self._bias[row] = (int(slot), sequence.request.bias)
-        own = sequence.param_row(int(r.history_slot[row]), int(r.bias_slot[row]))
-        self._resets[row] = np.concatenate((np.array([row, hit], np.int32), own))
 
     def _hash_root(self, request: Request) -> bytes:
         salt = request.salt
@@ -343,27 +284,18 @@ class Scheduler:
             query_len=q,
             draws=draws,
             token_ids=token_ids,
-            resets=self._take_resets(rows),
+            resets=self.news.take_resets(rows),
             table_changes=self.kv.take_changes(),
-            history_changes=np.array(self._history, np.int32).reshape(-1, 3),
-            bias_changes=tuple(self._bias.values()),
+            history_changes=self.news.take_history(),
+            bias_changes=self.news.take_bias(),
             num_single=int((q == 1).sum()),
             needs=needs,
             prompt_targets=self._prompt_targets(rows, start, q, first),
         )
-        self._history, self._bias = [], {}
         r.bound[rows] = start + q
         r.pending[rows] += draws
         self.stats.num_steps += 1
         return plan
-
-    def _take_resets(self, rows: HostArray) -> HostArray:
-        """[r, 2 + columns] of rows in the step; one admitted without room for a chunk waits with
-        its own."""
-        taken: list[HostArray] = []
-        if self._resets:
-            taken = [self._resets.pop(row) for row in rows.tolist() if row in self._resets]
-        return np.array(taken, np.int32).reshape(-1, 2 + NUM_COLUMNS)
 
     def _prompt_targets(
         self, rows: HostArray, start: HostArray, q: HostArray, first: HostArray

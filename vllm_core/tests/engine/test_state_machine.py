@@ -17,8 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from vllm_core.backend import StepConstraints
 from vllm_core.engine.kv_cache import KVCache
+from vllm_core.engine.limits import Limits
 from vllm_core.engine.request import Request, Sequence
-from vllm_core.engine.scheduler import Limits, Scheduler
+from vllm_core.engine.scheduler import Scheduler
 from vllm_core.models import kv_groups
 from vllm_core.ops import Logprobs, StepResult
 from vllm_core.plan import Plan

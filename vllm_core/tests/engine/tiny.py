@@ -11,8 +11,8 @@ import numpy as np
 from vllm_core.backend import Runtime, StepConstraints
 from vllm_core.bindings.numpy import NumpyRuntime
 from vllm_core.engine.core import EngineCore
+from vllm_core.engine.limits import Limits
 from vllm_core.engine.request import Request, Sequence
-from vllm_core.engine.scheduler import Limits
 from vllm_core.models import ModelSpec, kv_groups
 from vllm_core.models.recipe import attention, number_layers
 from vllm_core.models.spec import FFNSpec, LayerSpec, RopeSpec

@@ -137,8 +137,8 @@ def check_rows(scheduler: Scheduler) -> None:
         assert r.known[row] + r.pending[row] <= r.end[row]
         assert sequence.request.request_id in scheduler.requests
     for free, own, total in (
-        (scheduler._free_history, r.history_slot, limits.num_history_slots),
-        (scheduler._free_bias, r.bias_slot, limits.num_bias_slots),
+        (scheduler.news.free_history, r.history_slot, limits.num_history_slots),
+        (scheduler.news.free_bias, r.bias_slot, limits.num_bias_slots),
     ):
         used = [int(own[row]) for row in active if own[row] < total]
         assert sorted([*free, *used]) == list(range(total))
