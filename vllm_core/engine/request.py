@@ -57,6 +57,11 @@ class Request:
                 f"min_tokens can hold back at most {MAX_MIN_TOKENS_STOP_IDS} stop ids, not "
                 f"{len(ends)}; name fewer"
             )
+        if p.min_tokens and p.allowed_token_ids and set(p.allowed_token_ids) <= ends:
+            raise InvalidArgument(
+                "every one of allowed_token_ids ends the output, which min_tokens forbids; "
+                "allow another token or set min_tokens=0"
+            )
         if abs(self.priority) > MAX_PRIORITY:
             raise InvalidArgument(f"priority must be within ±{MAX_PRIORITY}, not {self.priority}")
         self._check_ids()

@@ -275,6 +275,11 @@ def test_token_ids_that_do_not_exist_are_refused(params: dict[str, Any]) -> None
         make_request([1], **params)
 
 
+def test_min_tokens_with_nothing_but_ends_to_draw_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="allow another token"):
+        make_request([1], min_tokens=2, allowed_token_ids=(5,), stop_token_ids=(5,))
+
+
 @pytest.mark.parametrize("token", [-1, VOCAB])
 def test_prompt_ids_that_do_not_exist_are_refused(token: int) -> None:
     with pytest.raises(InvalidArgument, match="does not exist"):
