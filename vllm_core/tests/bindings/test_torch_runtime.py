@@ -230,3 +230,32 @@ def test_a_runtime_that_nobody_closed_lets_the_interpreter_end() -> None:
         [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_only_the_thread_that_runs_programs_opens_a_team_of_threads() -> None:
+    """A second team makes libgomp sleep at every barrier: a step then takes half as long again."""
+    script = """
+import threading, torch
+from vllm_core.backend import Program
+from vllm_core.bindings.torch import TorchRuntime
+from vllm_core.ops import BucketKey, ParamSpec, Part
+import numpy as np
+
+seen = []
+def look():  # a thread of its own, so that this one's first look comes after the runtime's
+    runtime = TorchRuntime(torch.device("cpu"), "float32", threads=2)
+    weight = np.ones((2048, 512), np.float32)
+    runtime.load(ParamSpec("w", weight.shape, "linear"), [Part("dense", {"weight": weight}, 2048)])
+    torch.zeros(1 << 24).sum()  # large enough for a team, if this thread may have one
+    run = runtime.compile(Program("step", lambda: (torch.get_num_threads(),)), BucketKey(1, 1, (1,)))
+    seen.extend((torch.get_num_threads(), run()[0]))
+    runtime.close()
+thread = threading.Thread(target=look)
+thread.start()
+thread.join()
+print(seen)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "[1, 2]", done.stderr
