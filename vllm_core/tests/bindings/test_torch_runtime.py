@@ -247,7 +247,8 @@ def look():  # a thread of its own, so that this one's first look comes after th
     weight = np.ones((2048, 512), np.float32)
     runtime.load(ParamSpec("w", weight.shape, "linear"), [Part("dense", {"weight": weight}, 2048)])
     torch.zeros(1 << 24).sum()  # large enough for a team, if this thread may have one
-    run = runtime.compile(Program("step", lambda: (torch.get_num_threads(),)), BucketKey(1, 1, (1,)))
+    program = Program("step", lambda: (torch.get_num_threads(),))
+    run = runtime.compile(program, BucketKey(1, 1, (1,)))
     seen.extend((torch.get_num_threads(), run()[0]))
     runtime.close()
 thread = threading.Thread(target=look)
