@@ -5,6 +5,7 @@ Knows: names, ranges, contradictions. Does not know: models, devices, files.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,18 @@ from vllm_core.errors import InvalidArgument
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Policy = Literal["fcfs", "priority"]
+
+_LEAST = {
+    "max_model_len": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "block_size": 1,
+    "num_kv_blocks": 2,
+    "kv_cache_memory": 1,
+    "seed": -(2**63),
+    "threads": 1,
+}
+"""Whole numbers and the least they may be."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +67,25 @@ class EngineConfig:
     """Branch, tag or commit of a hub id."""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_batched_tokens", "block_size", "threads"):
+        for name in ("model", "tokenizer"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidArgument(f"{name} must be at least 1, not {value}")
-        if self.max_num_seqs < 1:
-            raise InvalidArgument(f"max_num_seqs must be at least 1, not {self.max_num_seqs}")
-        if not 0 < self.memory_utilization <= 1:
+            if value is None and name != "max_num_seqs":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InvalidArgument(f"{name} must be a whole number, not {value!r}")
+            if value < least:
+                why = " (block 0 is unused)" if name == "num_kv_blocks" else ""
+                raise InvalidArgument(f"{name} must be at least {least}{why}, not {value}")
+        share = self.memory_utilization
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise InvalidArgument(
-                f"memory_utilization must be above 0 and at most 1, not {self.memory_utilization}"
+                f"memory_utilization must be above 0 and at most 1, not {share!r}"
             )
-        if self.num_kv_blocks is not None and self.num_kv_blocks < 2:
-            raise InvalidArgument(
-                f"num_kv_blocks must be at least 2 (block 0 is unused), not {self.num_kv_blocks}"
-            )
+        if self.seed is not None and self.seed >= 2**64:
+            raise InvalidArgument(f"seed must fit 64 bits, not {self.seed}")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16", "float64")),
             ("load_format", ("auto", "safetensors", "gguf", "dummy")),

@@ -5,8 +5,9 @@ Knows: lists of prompts, progress, streams. Does not know: scheduling, devices.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from collections.abc import Sequence as Many
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -77,7 +78,8 @@ class LLM:
         """Answers one conversation, or many: lists of {"role": ..., "content": ...}."""
         if not messages:
             raise InvalidArgument("there are no messages; give at least one")
-        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        is_one = isinstance(messages, (str, Mapping)) or isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if is_one else messages
         ids = [self._engine.render(conversation, chat_template) for conversation in conversations]
         return self.generate(ids, sampling_params, progress=progress)
 
@@ -99,8 +101,10 @@ class LLM:
         return [state.output() for state in states]
 
     def _drain(self) -> None:
-        """Takes in the step that ran ahead, so that nothing is left on the device."""
-        while self._engine.has_work:
+        """Takes in the step that ran ahead, so that nothing is left on the device; what an open
+        stream asked for stays its own to run."""
+        core = self._engine.core
+        while core.has_work and not core.scheduler.has_work:
             self._engine.step()
 
     # ---------------------------------------------------------------- answers as they come
@@ -112,10 +116,14 @@ class LLM:
         engine = self._engine
         state = engine.make_request(prompt, sampling_params, is_streaming=True)
         engine.add(state)
+        output: RequestOutput | None = None
         try:
             while not state.request.is_finished:
                 if state in engine.step():
-                    yield state.output()
+                    output = state.output()
+                    yield output
+            if output is None or not output.is_finished:  # it ended in a step of another call
+                yield state.output()
             self._drain()
         finally:
             engine.abort(state.request.request_id)
@@ -166,11 +174,14 @@ class LLM:
 def _as_prompts(prompts: Prompt | Many[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if not prompts:
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise InvalidArgument(
+            f"prompts must be text, token ids or a list of these, not {type(prompts).__name__}"
+        )
+    many: list[Any] = list(prompts)
+    if not many:
         raise InvalidArgument("there are no prompts; give at least one")
-    if isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    return [many] if isinstance(many[0], Integral) else many
 
 
 def _as_params(

@@ -6,7 +6,7 @@ Knows: ranges, defaults, contradictions. Does not know: tokenizers, models, devi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +14,9 @@ from vllm_core.errors import InvalidArgument
 
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for per token."""
+
+MAX_SEQUENCES = 16_384
+"""Most sequences of one request."""
 
 MAX_MIN_TOKENS_STOP_IDS = 16
 """Most stop ids (end-of-sequence included) that `min_tokens` can hold back, a fixed width on the
@@ -74,9 +77,19 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids", "banned_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
+            if value is None and name != "allowed_token_ids":
+                value = ()
             if value is not None:
+                _require(
+                    isinstance(value, Iterable) and not isinstance(value, (str, bytes)),
+                    f"{name} must be a list, not {value!r}",
+                )
                 object.__setattr__(self, name, tuple(value))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        bias = {} if self.logit_bias is None else self.logit_bias
+        _require(
+            isinstance(bias, Mapping), f"logit_bias must map token ids to numbers, not {bias!r}"
+        )
+        object.__setattr__(self, "logit_bias", dict(bias))
         _check(self)
 
     @property
@@ -113,10 +126,17 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _fits_float(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
 def _finite(name: str, value: object) -> None:
     _require(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-        f"{name} must be a finite number, not {value!r}",
+        isinstance(value, (int, float)) and not isinstance(value, bool) and _fits_float(value),
+        f"{name} must be a finite number, not {value!r:.40}",
     )
 
 
@@ -139,6 +159,7 @@ def _check(p: SamplingParams) -> None:
     ):
         _finite(name, getattr(p, name))
     _require(p.n >= 1, f"n must be at least 1, not {p.n}")
+    _require(p.n <= MAX_SEQUENCES, f"n must be at most {MAX_SEQUENCES}, not {p.n}")
     if p.max_tokens is not None:
         _require(
             _is_int(p.max_tokens) and p.max_tokens >= 1,

@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import pluggy
@@ -35,6 +35,9 @@ __all__ = ["BackendManager", "Choice", "DeviceInfo", "Discovered", "Probe"]
 
 OWN = "vllm-core"
 """The distribution that brings the built-in backends."""
+
+
+_INFO_TYPES = {"name": str, "api": str, "summary": str, "priority": int, "probe": str, "open": str}
 
 
 class EntryPoint(Protocol):
@@ -93,6 +96,7 @@ class BackendManager:
             found = _backends_of(builtin, "builtin", OWN, _version(OWN))
             for entry in self._entry_points:
                 found += _load(entry)
+            found = _without_doubles(found)
             found.sort(key=lambda d: (d.error is not None, -(d.info.priority if d.info else 0)))
             self._found = found
         return self._found
@@ -178,6 +182,20 @@ def _why(backend: Discovered) -> str:
     return probe.reason if probe and probe.reason else f"{backend.name} works"
 
 
+def _without_doubles(found: list[Discovered]) -> list[Discovered]:
+    """Of those that claim one name the first keeps it; the others say who has it."""
+    owners: dict[str, Discovered] = {}
+    judged = []
+    for backend in found:
+        owner = owners.setdefault(backend.name, backend) if backend.error is None else backend
+        if owner is not backend:
+            who = owner.distribution or "another plug-in"
+            error = f"the name {backend.name!r} is taken by {who}; uninstall one of the two"
+            backend = replace(backend, probe=None, error=error)
+        judged.append(backend)
+    return judged
+
+
 def _load(entry: EntryPoint) -> list[Discovered]:
     """The backends of one entry point, or one row that says why it is broken."""
     distribution = getattr(entry, "dist", None)
@@ -231,7 +249,16 @@ def _backends_of(
 
 
 def _judge(info: BackendInfo, distribution: str | None, version: str | None) -> Discovered:
-    """Checks the version of the seam, then probes."""
+    """Checks what it says of itself and the version of the seam, then probes."""
+    wrong = [name for name, kind in _INFO_TYPES.items() if type(getattr(info, name)) is not kind]
+    if wrong:
+        return Discovered(
+            str(info.name),
+            distribution=distribution,
+            version=version,
+            error=f"its BackendInfo has {getattr(info, wrong[0])!r:.40} as {wrong[0]}, "
+            f"which must be {_INFO_TYPES[wrong[0]].__name__}",
+        )
     row: dict[str, Any] = {
         "name": info.name,
         "summary": info.summary,
@@ -259,7 +286,17 @@ def _judge(info: BackendInfo, distribution: str | None, version: str | None) -> 
         )
     if not isinstance(probe, Probe):
         return Discovered(**row, error=f"its probe returned {type(probe).__name__}, not a Probe")
+    if not _are_devices(probe.devices):
+        return Discovered(
+            **row, error=f"its probe found {probe.devices!r:.40}, which is no list of DeviceInfo"
+        )
     return Discovered(**row, probe=probe)
+
+
+def _are_devices(devices: object) -> bool:
+    return isinstance(devices, (list, tuple)) and all(
+        isinstance(d, DeviceInfo) and isinstance(d.memory_bytes, int) for d in devices
+    )
 
 
 def _resolve(target: str) -> Callable[..., Any]:

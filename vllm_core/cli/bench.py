@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.output is not None and not args.output.parent.is_dir():
-        raise InvalidArgument(f"--output: there is no folder {args.output.parent}")
+    if args.output is not None:
+        _check_output(args.output)  # before minutes of work whose result could not be kept
     measured: Mapping[str, Any] = args.measure(args)
     report = {
         "benchmark": args.benchmark,
@@ -61,3 +61,12 @@ def run(args: argparse.Namespace) -> int:
         args.output.write_text(text + "\n", "utf-8")
         print(f"written to {args.output}", file=sys.stderr)
     return 0
+
+
+def _check_output(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InvalidArgument(f"--output: there is no folder {path.parent}")
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise InvalidArgument(f"--output {path} cannot be written: {error.strerror}") from error

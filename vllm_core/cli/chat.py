@@ -11,11 +11,13 @@ import contextlib
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from vllm_core.cli.description import format_description, format_kv_use
 from vllm_core.cli.engine_options import add_engine_options, open_llm
+from vllm_core.cli.reading import read_file, read_input
 from vllm_core.cli.sampling_options import add_sampling_options, sampling_params
 from vllm_core.errors import InvalidArgument, RequestFailed, VllmCoreError
 from vllm_core.params import SamplingParams
@@ -38,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja to take instead of the model's"
+    )
+    parser.add_argument(
         "-q", "--quiet", action="store_true", help="print the answers and nothing else"
     )
     add_engine_options(parser)
@@ -49,17 +54,20 @@ def run(args: argparse.Namespace) -> int:
     is_terminal = sys.stdin.isatty()
     prompt: str | None = args.prompt
     if prompt is None and not is_terminal:
-        prompt = sys.stdin.read()
+        prompt = read_input()
     if prompt is not None and not prompt.strip():
         raise InvalidArgument(
             "the prompt is empty; give --prompt TEXT or pipe text into the command"
         )
+    template = None
+    if args.chat_template is not None:
+        template = read_file("--chat-template", args.chat_template)
     stays = is_terminal and (prompt is None or args.interactive)
     with open_llm(args) as llm:
         if not args.quiet:
             print(format_description(llm.describe()), file=sys.stderr, flush=True)
         params = sampling_params(args, llm.default_sampling_params().replace(max_tokens=MAX_TOKENS))
-        conversation = Conversation(llm, params, args.system, is_quiet=args.quiet)
+        conversation = Conversation(llm, params, args.system, template, is_quiet=args.quiet)
         if prompt is not None:
             if stays:
                 print(f"> {prompt}")
@@ -74,9 +82,16 @@ class Conversation:
     """The messages so far; `ask` adds a question and its answer."""
 
     def __init__(
-        self, llm: LLM, params: SamplingParams, system: str | None, *, is_quiet: bool = False
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None,
+        template: str | None = None,
+        *,
+        is_quiet: bool = False,
     ) -> None:
         self._llm = llm
+        self._template = template
         self._params = params
         self._is_quiet = is_quiet
         self.messages: list[dict[str, str]] = []
@@ -100,10 +115,8 @@ class Conversation:
     def _stream(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
         start = first = last = time.perf_counter()
         text, num_tokens, most_blocks = "", 0, 0
-        with (
-            _Interruption() as interruption,
-            contextlib.closing(self._llm.stream_chat(messages, self._params)) as stream,
-        ):
+        outputs = self._llm.stream_chat(messages, self._params, chat_template=self._template)
+        with _Interruption() as interruption, contextlib.closing(outputs) as stream:
             for output in stream:
                 if output.error is not None:
                     raise RequestFailed(output.error)

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def _inspect(manager: BackendManager, backend: Discovered) -> dict[str, Any]:
     """One backend as plain data; one that found a device is opened, to see what it declares."""
     from vllm_core.backend.interface import OpenConfig
-    from vllm_core.backend.manager import Choice
+    from vllm_core.backend.manager import OWN, Choice
 
     facts: dict[str, Any] = {
         "name": backend.name,
@@ -71,11 +71,13 @@ def _inspect(manager: BackendManager, backend: Discovered) -> dict[str, Any]:
         "devices": [asdict(d) for d in backend.probe.devices] if backend.probe else [],
         "reason": backend.probe.reason if backend.probe else "",
         "fix": backend.probe.fix if backend.probe else "",
+        "only_by_name": backend.info is not None and backend.info.only_by_name,
         "capabilities": None,
         "error": backend.error,
         "traceback": backend.traceback,
     }
-    if not backend.usable or backend.info is None or backend.info.only_by_name:
+    is_own_study = facts["only_by_name"] and backend.distribution == OWN
+    if not backend.usable or is_own_study:  # the core's tests open these, at some cost
         return facts
     try:
         runtime = manager.open(Choice(backend, "to see what it declares"), OpenConfig(dtype="auto"))
@@ -95,9 +97,9 @@ def _judge(manager: BackendManager, backends: Sequence[Mapping[str, Any]]) -> tu
     except VllmCoreError as error:
         return False, f"not ready: {error}"
     name = choice.backend.name
-    if all(b["error"] is None for b in backends if b["name"] == name):
+    if any(b["error"] is None for b in backends if b["name"] == name):
         return True, f"ready: the engine takes {name} ({choice.reason})"
-    works = [b["name"] for b in backends if b["capabilities"] is not None]
+    works = [b["name"] for b in backends if b["capabilities"] is not None and not b["only_by_name"]]
     instead = f"ready with --backend {works[0]}" if works else "not ready"
     return bool(works), f"{instead}: without a name the engine takes {name}, which is broken"
 
@@ -141,6 +143,8 @@ def _backend_lines(backend: Mapping[str, Any]) -> list[str]:
     for device in backend["devices"]:
         memory = f", {format_bytes(device['memory_bytes'])}" if device["memory_bytes"] else ""
         lines.append(f"found: {device['kind']} {device['index']}, {device['arch']}{memory}")
+    if backend["only_by_name"] and backend["devices"]:
+        lines.append(f"runs only when asked for: --backend {backend['name']}")
     if not backend["devices"] and backend["error"] is None:
         lines.append(f"no device: {backend['reason']}")
     if backend["fix"]:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vllm_core.cli.engine_options import add_engine_options, open_llm
+from vllm_core.cli.reading import read_file, read_input
 from vllm_core.cli.sampling_options import (
     add_result_options,
     add_sampling_options,
@@ -57,14 +58,12 @@ def _read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
     if given and file is not None:
         raise InvalidArgument("prompts came as arguments and as --prompt-file; give one of them")
     if file is not None:
-        try:
-            prompts = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidArgument(f"--prompt-file {file} cannot be read: {error}") from error
+        text = read_file("--prompt-file", file)
+        prompts = [line for line in text.splitlines() if line.strip()]
     elif given:
         prompts = list(given)
     else:
-        prompts = [sys.stdin.read().rstrip("\n")]
+        prompts = [read_input().rstrip("\n")]
     if not prompts or not all(prompts):
         raise InvalidArgument(
             "a prompt is empty; give PROMPT, --prompt-file FILE, or pipe text into the command"

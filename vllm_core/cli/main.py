@@ -61,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     args = build_parser().parse_args(argv)
-    log.configure()
     try:
+        log.configure()
         code: int = args.run(args)
         sys.stdout.flush()
         return code

@@ -10,6 +10,7 @@ Knows: threads, event loops, streams. Does not know: scheduling, devices, protoc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -84,6 +85,9 @@ class AsyncLLM:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._is_closing = False
+        self._gate = threading.Lock()
+        self._has_stopped = False
+        """No command is taken any more; changes under the gate, so that none is lost."""
         self._thread = threading.Thread(target=self._run, name="vllm-core-engine", daemon=True)
         self._thread.start()
 
@@ -164,7 +168,7 @@ class AsyncLLM:
             loop.call_soon_threadsafe(_settle, answer, found)
 
         self._check_alive()
-        self._send(read)
+        self._send_or_fail(read)
         return await answer
 
     def close(self) -> None:
@@ -193,13 +197,14 @@ class AsyncLLM:
         def add() -> None:
             error: BaseException | None = None
             try:
+                self._check_alive()  # again: it may have ended since
                 self._engine.add(stream.state)
                 self._streams[stream.state.request.request_id] = stream
             except BaseException as caught:
                 error = caught
             stream.loop.call_soon_threadsafe(_settle, added, None, error)
 
-        self._send(add)
+        self._send_or_fail(add)
         await added
 
     async def _take(self, stream: _Stream) -> RequestOutput:
@@ -222,8 +227,17 @@ class AsyncLLM:
         if self._is_closing:
             raise RequestFailed("the engine was closed")
 
-    def _send(self, command: Callable[[], None]) -> None:
-        self._inbox.put(command)
+    def _send(self, command: Callable[[], None]) -> bool:
+        """Hands a command to the engine's thread; False when that has ended."""
+        with self._gate:
+            if not self._has_stopped:
+                self._inbox.put(command)
+            return not self._has_stopped
+
+    def _send_or_fail(self, command: Callable[[], None]) -> None:
+        if not self._send(command):
+            self._check_alive()
+            raise RequestFailed("the engine has stopped")
 
     # ---------------------------------------------------------------- on the engine's thread
     def _run(self) -> None:
@@ -235,15 +249,16 @@ class AsyncLLM:
         except BaseException as error:
             logger.exception("the engine has stopped")
             self._failure = error
+        with self._gate:
+            self._has_stopped = True
+        while not self._inbox.empty():  # nobody may wait for an answer that never comes
+            with contextlib.suppress(Exception):
+                self._inbox.get()()
         for stream in list(self._streams.values()):
             stream.error = self._failure
             stream.output = None
             _wake([stream])
         self._streams.clear()
-        while not self._inbox.empty():  # nobody may wait for an answer that never comes
-            command = self._inbox.get()
-            if self._failure is None:
-                command()
 
     def _take_commands(self) -> None:
         """Runs what callers asked for; sleeps while there is nothing to do."""

@@ -7,6 +7,7 @@ devices.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Any
@@ -17,11 +18,14 @@ from vllm_core.engine.limits import Limits
 from vllm_core.engine.output import RequestState
 from vllm_core.engine.request import Request
 from vllm_core.errors import InvalidArgument, ModelError
+from vllm_core.log import get_logger
 from vllm_core.params import SamplingParams
 from vllm_core.runner.worker import Opened, Progress, no_progress, open_model
 from vllm_core.text import chat_template
 from vllm_core.text.tokenizer import Tokenizer, load_tokenizer
 from vllm_core.weights.resolve import ModelFiles, resolve
+
+logger = get_logger(__name__)
 
 Prompt = str | Many[int]
 """Text, or token ids."""
@@ -40,6 +44,8 @@ class LLMEngine:
             tokenizer=config.tokenizer,
         )
         self.tokenizer = _open_tokenizer(self.files)
+        self.eos_token_ids = _eos_token_ids(self.files, self.tokenizer)
+        self._default_params = _default_params(self.files.generation_config)
         self.opened: Opened = open_model(config, self.files, progress)
         runner, plan = self.opened.runner, self.opened.plan
         caps = runner.runtime.caps
@@ -55,7 +61,6 @@ class LLMEngine:
             policy=config.scheduling_policy,
         )
         self.core = EngineCore(runner, limits, is_async=config.async_scheduling)
-        self.eos_token_ids = _eos_token_ids(self.files, self.tokenizer)
         self._states: dict[str, RequestState] = {}
         self._ids = itertools.count()
         self._num_unseeded = itertools.count()
@@ -63,15 +68,7 @@ class LLMEngine:
     # ---------------------------------------------------------------- in
     def default_params(self) -> SamplingParams:
         """What generation_config.json asks for; greedy where it says do_sample is false."""
-        own = self.files.generation_config
-        values: dict[str, Any] = {
-            name: own[name]
-            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-            if own.get(name) is not None
-        }
-        if own.get("do_sample") is False:
-            values["temperature"] = 0.0
-        return SamplingParams(**values)
+        return self._default_params
 
     def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """(text or None, token ids). InvalidArgument for an empty prompt."""
@@ -79,7 +76,7 @@ class LLMEngine:
             ids = self._needs_tokenizer().encode(prompt)
             text: str | None = prompt
         else:
-            text, ids = None, [int(token) for token in prompt]
+            text, ids = None, _as_ids(prompt)
         if not ids:
             raise InvalidArgument("the prompt is empty; give at least one token")
         return text, ids
@@ -106,7 +103,8 @@ class LLMEngine:
         text, ids = self.encode(prompt)
         params = params or self.default_params()
         if params.seed is None and self.config.seed is not None:
-            params = params.replace(seed=self.config.seed + next(self._num_unseeded))
+            seed = (self.config.seed + next(self._num_unseeded)) % 2**64
+            params = params.replace(seed=seed)
         if params.stop:
             self._needs_tokenizer()
         request = Request(
@@ -192,6 +190,27 @@ class LLMEngine:
         self.core.close()
 
 
+def _as_ids(prompt: object) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]  # type: ignore[attr-defined]
+    except TypeError:
+        raise InvalidArgument(
+            f"a prompt must be text or a list of token ids, not {prompt!r:.60}"
+        ) from None
+
+
+def _default_params(own: Mapping[str, Any]) -> SamplingParams:
+    """Of a generation_config.json; what it says amiss is left out, and said."""
+    params = SamplingParams()
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        if own.get(name) is not None:
+            try:
+                params = params.replace(**{name: own[name]})
+            except InvalidArgument as error:
+                logger.warning("the model's generation_config is not followed: %s", error)
+    return params.replace(temperature=0.0) if own.get("do_sample") is False else params
+
+
 def _open_tokenizer(files: ModelFiles) -> Tokenizer | None:
     try:
         return load_tokenizer(files.tokenizer)
@@ -207,6 +226,10 @@ def _eos_token_ids(files: ModelFiles, tokenizer: Tokenizer | None) -> tuple[int,
     if own is None:
         own = getattr(files.config, "eos_token_id", None)
     ids = [] if own is None else own if isinstance(own, list) else [own]
+    if not all(type(token) is int for token in ids):
+        raise ModelError(
+            f"the eos_token_id of {files.name} must be a token id or a list of them, not {own!r}"
+        )
     if tokenizer is not None:
         ids = [*ids, *tokenizer.eos_token_ids]
-    return tuple(dict.fromkeys(ids))
+    return tuple(dict.fromkeys(token for token in ids if token >= 0))

@@ -50,20 +50,25 @@ class Request:
         p = self.params
         seed = p.seed if p.seed is not None else secrets.randbits(63)
         self.seed = seed % 2**64
-        ends = set(p.stop_token_ids) | (set() if p.ignore_eos else set(self.eos_token_ids))
+        ends = set(p.stop_token_ids)
+        if not p.ignore_eos:  # a model's config may name an end that the model cannot draw
+            ends |= {token for token in self.eos_token_ids if token < self.vocab_size}
         self.stop_ids = sorted(ends)
         if p.min_tokens and len(ends) > MAX_MIN_TOKENS_STOP_IDS:
             raise InvalidArgument(
                 f"min_tokens can hold back at most {MAX_MIN_TOKENS_STOP_IDS} stop ids, not "
                 f"{len(ends)}; name fewer"
             )
-        if p.min_tokens and p.allowed_token_ids and set(p.allowed_token_ids) <= ends:
+        allowed = set(p.allowed_token_ids or ()) - set(p.banned_token_ids)
+        if p.min_tokens and allowed and allowed <= ends:
             raise InvalidArgument(
                 "every one of allowed_token_ids ends the output, which min_tokens forbids; "
                 "allow another token or set min_tokens=0"
             )
-        if abs(self.priority) > MAX_PRIORITY:
-            raise InvalidArgument(f"priority must be within ±{MAX_PRIORITY}, not {self.priority}")
+        if not isinstance(self.priority, int) or abs(self.priority) > MAX_PRIORITY:
+            raise InvalidArgument(
+                f"priority must be a whole number within ±{MAX_PRIORITY}, not {self.priority!r}"
+            )
         self._check_ids()
         self.bias = self._bias() if p.needs_bias else None
         limit = self.max_model_len
@@ -75,6 +80,7 @@ class Request:
     def _check_ids(self) -> None:
         p, size = self.params, self.vocab_size
         named = [*p.logit_bias, *p.banned_token_ids, *(p.allowed_token_ids or ())]
+        named += p.stop_token_ids
         for token in named:
             if token >= size:
                 raise InvalidArgument(
@@ -83,7 +89,8 @@ class Request:
         for token in self.prompt:
             if not 0 <= token < size:
                 raise InvalidArgument(
-                    f"prompt token id {token} does not exist: the vocabulary has {size} tokens"
+                    f"prompt token id {token} does not exist: the vocabulary has {size} tokens; "
+                    "the tokenizer may belong to another model"
                 )
 
     def _bias(self) -> HostArray:
@@ -97,6 +104,8 @@ class Request:
             banned[list(p.allowed_token_ids)] = False
             values[banned] = -np.inf
         values[list(p.banned_token_ids)] = -np.inf
+        if not np.isfinite(values).any():
+            raise InvalidArgument("banned_token_ids leaves no token to draw; ban fewer")
         return values
 
     @property
@@ -156,7 +165,7 @@ class Sequence:
         row[Column.BIAS_SLOT] = bias_slot
         row[Column.HELD_IDS :] = -1
         if p.min_tokens:
-            row[Column.HELD_UNTIL] = len(request.prompt) + p.min_tokens
+            row[Column.HELD_UNTIL] = min(len(request.prompt) + p.min_tokens, request.end)
             row[Column.HELD_IDS : Column.HELD_IDS + len(request.stop_ids)] = request.stop_ids
         return row
 

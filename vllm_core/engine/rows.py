@@ -64,7 +64,7 @@ class Rows:
         self.computed[row] = self.bound[row] = hit
         self.pending[row], self.end[row] = 0, request.end
         self.prompt_len[row] = len(request.prompt)
-        self.min_len[row] = len(request.prompt) + p.min_tokens
+        self.min_len[row] = min(len(request.prompt) + p.min_tokens, request.end)
         self.registers[row], self.hash_root[row] = hash_root is not None, hash_root
         self.draw[row] = p.temperature >= GREEDY_BELOW
         self.filters[row] = bool(self.draw[row]) and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)

@@ -127,6 +127,13 @@ def plan_memory(
     else:
         length, num_blocks = _share(groups, block_bytes, room, length, config, token_budget)
     kv = sum(num_blocks[pool] * block_bytes[pool] for pool in block_bytes)
+    left = report.free - param_bytes - state
+    if kv > left:
+        raise CapacityError(
+            f"a KV cache of {kv >> 20} MiB was asked for, but beside weights and state the device "
+            f"has {max(0, left) >> 20} MiB free; lower kv_cache_memory, num_kv_blocks or "
+            "max_num_seqs"
+        )
     lines = (
         ("free on the device", report.free),
         (f"usable at {config.memory_utilization:.0%}", usable),

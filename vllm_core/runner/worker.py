@@ -144,6 +144,8 @@ def check_supported(spec: ModelSpec, runtime: Runtime) -> None:
             "chunked attention": attention.chunk is not None,
             "ALiBi": attention.alibi,
             "layers that read another layer's cache": attention.source is not None,
+            "layers that write no cache": not attention.writes_kv,
+            "quantised or latent caches": attention.kv.scales or attention.kv.v_in_k,
         }
         for what, is_missing in wanted.items():
             if is_missing:

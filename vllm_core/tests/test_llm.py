@@ -96,6 +96,15 @@ def test_closing_a_stream_ends_its_request(llm: LLM) -> None:
     assert llm.stats()["running"] == 0
 
 
+def test_two_streams_at_once_both_end_with_their_whole_answers(llm: LLM) -> None:
+    params = [SamplingParams(seed=s, max_tokens=n, ignore_eos=True) for s, n in ((1, 9), (2, 4))]
+    whole = [answer(llm, p).outputs[0] for p in params]
+    first, second = (llm.stream(PROMPT, p) for p in params)
+    next(first)
+    next(second)
+    assert [list(first)[-1].outputs[0], list(second)[-1].outputs[0]] == whole
+
+
 def test_prompt_log_probabilities_do_not_disturb_the_text_of_a_short_answer(llm: LLM) -> None:
     """Scores and last token come in one step; the prompt ends within a character that it ends."""
     ids = byte_ids(llm)

@@ -332,6 +332,8 @@ def read_tokenizer_metadata(path: Path) -> Metadata:
             pairs = [
                 (reader.string(), reader.value(int(reader.unpack("I")))) for _ in range(int(count))
             ]
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
     except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
         raise ModelError(f"{path}: its GGUF metadata is truncated or damaged ({error})") from error
     return {key: value for key, value in pairs if key.startswith("tokenizer.")}

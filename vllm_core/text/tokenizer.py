@@ -128,7 +128,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises ModelError when there is none, or none that can be read.
     """
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         from vllm_core.text.gguf_tokenizer import load_gguf_tokenizer
 
         return load_gguf_tokenizer(path)

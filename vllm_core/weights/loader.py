@@ -80,7 +80,8 @@ def dummy_params(
                 array = np.ones(shape, np.float32)
             else:
                 place = zlib.crc32(f"{spec_name} {rule.names[0]}".encode())
-                array = np.random.default_rng([place, seed]).standard_normal(shape, np.float32)
+                source = np.random.default_rng([place, seed % 2**64])
+                array = source.standard_normal(shape, np.float32)
                 array *= np.float32(shape[-1] ** -0.5)
             if progress is not None:
                 progress(array.nbytes)

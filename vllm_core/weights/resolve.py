@@ -66,11 +66,14 @@ def resolve(
         raise InvalidArgument(
             f"load_format must be one of {', '.join(_LOAD_FORMATS)}, not {load_format!r}"
         )
-    path = _locate(model, revision, with_weights=load_format != "dummy")
-    text = None if tokenizer is None else _locate(tokenizer, None, with_weights=False)
-    if path.is_file():
-        return _from_gguf(model, path, load_format, text)
-    return _from_directory(model, path, load_format, text)
+    try:
+        path = _locate(model, revision, with_weights=load_format != "dummy")
+        text = None if tokenizer is None else _locate(tokenizer, None, with_weights=False)
+        if path.is_file():
+            return _from_gguf(model, path, load_format, text)
+        return _from_directory(model, path, load_format, text)
+    except OSError as error:  # a folder that may not be entered, a name longer than a path may be
+        raise ModelError(f"cannot read model {model!r:.80}: {error.strerror or error}") from error
 
 
 def _from_directory(name: str, folder: Path, load_format: str, text: Path | None) -> ModelFiles:
@@ -141,7 +144,10 @@ def _locate(model: str, revision: str | None, *, with_weights: bool) -> Path:
     """A directory or a GGUF file on this machine."""
     if model == DEMO:
         return ensure_demo_model(logger.warning)
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"unknown model {model!r}: {error}") from error
     if path.is_dir():
         return path
     if path.is_file():

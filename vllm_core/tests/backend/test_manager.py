@@ -53,13 +53,14 @@ def toy_module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     vars(module).update(
         probe=lambda: Probe([DeviceInfo(0, "toy", "any", 0)], "a toy"),
         open=lambda config: NumpyRuntime(),
+        garbled=lambda: Probe(["a card"]),  # type: ignore[list-item]
     )
     monkeypatch.setitem(sys.modules, PLUGIN_MODULE, module)
     monkeypatch.delenv("VLLM_CORE_BACKEND", raising=False)
     return module
 
 
-def toy(name: str = "toy", **changes: Any) -> BackendInfo:
+def toy(name: Any = "toy", **changes: Any) -> BackendInfo:
     info = BackendInfo(
         name=name,
         api=">=0.1,<0.2",
@@ -99,6 +100,15 @@ BROKEN = {
         lambda: plugin(toy(probe="builtins:list")),
         "its probe returned list, not a Probe",
     ),
+    "probe finds words": (
+        lambda: plugin(toy(probe=f"{PLUGIN_MODULE}:garbled")),
+        "its probe found ['a card'], which is no list of DeviceInfo",
+    ),
+    "priority in words": (
+        lambda: plugin(toy(priority="high")),
+        "its BackendInfo has 'high' as priority, which must be int",
+    ),
+    "no name": (lambda: plugin(toy(None)), "its BackendInfo has None as name"),
     "declares nothing": (plugin, "the plug-in names no backend"),
     "declares garbage": (lambda: plugin(42), "returned int, not a BackendInfo"),
     "no hook": (types.SimpleNamespace, "the plug-in names no backend"),
@@ -141,6 +151,21 @@ def test_the_highest_priority_that_found_a_device_is_chosen(toy_module: Any) -> 
         manager.choose("absent")
     with pytest.raises(BackendError, match=r"there is no backend 'abc'; known are .*pip install"):
         manager.choose("abc")
+
+
+def test_of_two_that_claim_one_name_the_first_keeps_it_and_the_other_is_told() -> None:
+    entries = [
+        Entry("a", lambda: plugin(toy("twin", summary="first"))),
+        Entry("b", lambda: plugin(toy("twin", summary="second", priority=99))),
+        Entry("c", lambda: plugin(toy("reference"))),
+    ]
+    manager = BackendManager(entries)
+    assert manager.choose("twin").backend.summary == "first"
+    assert manager.choose().backend.summary == "first"
+    assert manager.choose("reference").backend.distribution == "vllm-core"
+    errors = [d.error for d in manager.discover() if d.error]
+    assert len(errors) == 2
+    assert "the name 'reference' is taken by vllm-core; uninstall one" in " ".join(errors)
 
 
 def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,21 +11,40 @@ import pytest
 from vllm_core.tests.cli.command import run_command
 
 WORKS = """
+from dataclasses import replace
 from vllm_core.backend import BackendInfo, hookimpl
+from vllm_core.backend import Probe
 
 @hookimpl
 def vllm_core_backends():
     return [BackendInfo(
         name="{name}", api="{api}", summary="a plug-in of a test", priority={priority},
-        probe="{probe}", open="{open}",
+        probe="{probe}", open="{open}", only_by_name={shy},
     )]
+
+def lie(config):
+    from vllm_core.bindings.numpy import NumpyRuntime
+    runtime = NumpyRuntime()
+    runtime.caps = replace(runtime.caps, static_shapes=True)
+    return runtime
+
+def garbled():
+    return Probe(["a card"])
 """
 GOOD = {
     "api": ">=0.1,<0.2",
     "priority": 1000,
     "probe": "vllm_core.backend.builtin:probe",
     "open": "vllm_core.bindings.numpy:open_runtime",
+    "shy": False,
 }
+
+NO_FRAMEWORK = (
+    "sys.modules['torch'] = sys.modules['jax'] = sys.modules['jaxlib'] = None\n"
+    "import importlib.metadata as m\n"
+    "given = m.entry_points\n"
+    "m.entry_points = lambda **k: [e for e in given(**k) if e.name != 'cpu']"
+)
 
 
 def install_plugin(folder: Path, name: str, source: str) -> None:
@@ -78,6 +97,10 @@ def test_a_backend_that_works_is_ready_and_says_what_it_declares(tmp_path: Path)
         (works("bad", probe="builtins:list"), "not a Probe"),
         (works("bad", open="no_such_module:open"), "cannot be opened"),
         (works("bad", open="builtins:dict"), "cannot be opened"),
+        (works("bad", probe="bad_plugin:garbled"), "no list of DeviceInfo"),
+        (works("bad", priority="'high'"), "which must be int"),
+        (works("bad", open="bad_plugin:lie"), "declares static_shapes without its own"),
+        (works("bad", open="bad_plugin:lie", shy=True), "declares static_shapes without its own"),
     ],
 )
 def test_a_broken_plugin_is_named_with_its_reason_and_hides_no_other(
@@ -104,6 +127,17 @@ def test_a_broken_first_choice_is_said_and_the_next_one_offered(tmp_path: Path) 
     )
 
 
+def test_a_backend_that_runs_only_when_named_makes_no_machine_ready(tmp_path: Path) -> None:
+    install_plugin(tmp_path, "shy", works("shy", shy=True))
+    install_plugin(tmp_path, "bad", works("bad", open="no_such_module:open", priority=3000))
+    code, report = doctor(tmp_path, before=NO_FRAMEWORK)
+    assert code == 1
+    assert row(report, "shy")["capabilities"]
+    assert report["verdict"].startswith("not ready: without a name the engine takes bad")
+    text = run_command("doctor", extra_path=tmp_path).stdout
+    assert "runs only when asked for: --backend shy" in text
+
+
 def test_debug_shows_the_traceback_of_a_broken_plugin(tmp_path: Path) -> None:
     install_plugin(tmp_path, "bad", "import no_such_framework")
     quiet = run_command("doctor", extra_path=tmp_path)
@@ -124,13 +158,7 @@ def test_a_backend_without_a_device_tells_why_and_what_to_do(tmp_path: Path) -> 
 
 
 def test_without_any_framework_it_still_works_and_says_what_to_install(tmp_path: Path) -> None:
-    no_framework = (
-        "sys.modules['torch'] = sys.modules['jax'] = sys.modules['jaxlib'] = None\n"
-        "import importlib.metadata as m\n"
-        "given = m.entry_points\n"
-        "m.entry_points = lambda **k: [e for e in given(**k) if e.name != 'cpu']"
-    )
-    code, report = doctor(tmp_path, before=no_framework)
+    code, report = doctor(tmp_path, before=NO_FRAMEWORK)
     assert code == 1
     assert not report["is_ready"]
     assert "pip install 'vllm-core[cpu]'" in report["verdict"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from vllm_core import SamplingParams
 from vllm_core.engine.async_llm import AsyncLLM
-from vllm_core.errors import CapacityError, InvalidArgument, RequestFailed
+from vllm_core.errors import CapacityError, DeviceLost, InvalidArgument, RequestFailed
 from vllm_core.outputs import RequestOutput
 from vllm_core.tests.cli.tiny_model import write_tiny_model
 
@@ -184,3 +185,29 @@ def test_an_engine_that_breaks_tells_every_reader(run: Run) -> None:
             await last(llm.generate(PROMPT, greedy(4)))
 
     run(scenario, max_unread=4)
+
+
+def test_a_request_on_its_way_to_an_engine_that_breaks_is_told(run: Run) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        is_in_step, may_break = threading.Event(), threading.Event()
+
+        def broken(*args: object) -> None:
+            is_in_step.set()
+            may_break.wait(30)
+            raise DeviceLost("the device burned")
+
+        stream = llm.generate(PROMPT, greedy(80))
+        await anext(stream)
+        llm._engine.core.runner.execute = broken  # type: ignore[method-assign, assignment]
+        first = asyncio.create_task(last(stream))
+        await asyncio.to_thread(is_in_step.wait, 30)
+        second = asyncio.create_task(last(llm.generate(PROMPT, greedy(4))))
+        await asyncio.sleep(0.2)  # by now it waits for the engine's answer
+        may_break.set()
+        for task in (first, second):
+            with pytest.raises(RequestFailed, match="burned"):
+                await asyncio.wait_for(task, 30)
+        with pytest.raises(RequestFailed, match="stopped"):
+            await llm.stats()
+
+    run(scenario)

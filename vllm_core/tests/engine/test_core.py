@@ -268,7 +268,12 @@ def test_an_id_that_runs_already_is_refused_and_may_be_used_again_later() -> Non
 
 @pytest.mark.parametrize(
     "params",
-    [{"logit_bias": {VOCAB: 1.0}}, {"banned_token_ids": (VOCAB,)}, {"allowed_token_ids": (VOCAB,)}],
+    [
+        {"logit_bias": {VOCAB: 1.0}},
+        {"banned_token_ids": (VOCAB,)},
+        {"allowed_token_ids": (VOCAB,)},
+        {"stop_token_ids": (VOCAB,)},
+    ],
 )
 def test_token_ids_that_do_not_exist_are_refused(params: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match=f"{VOCAB} does not exist"):
@@ -278,6 +283,27 @@ def test_token_ids_that_do_not_exist_are_refused(params: dict[str, Any]) -> None
 def test_min_tokens_with_nothing_but_ends_to_draw_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="allow another token"):
         make_request([1], min_tokens=2, allowed_token_ids=(5,), stop_token_ids=(5,))
+    with pytest.raises(InvalidArgument, match="allow another token"):
+        make_request(
+            [1], min_tokens=2, allowed_token_ids=(5, 6), banned_token_ids=(6,), stop_token_ids=(5,)
+        )
+
+
+def test_banning_every_token_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="leaves no token"):
+        make_request([1], banned_token_ids=tuple(range(VOCAB)))
+
+
+def test_a_priority_that_is_no_number_is_refused() -> None:
+    for priority in (0.5, 2**21):
+        with pytest.raises(InvalidArgument, match="priority must be a whole number"):
+            make_request([1], "r", priority)  # type: ignore[arg-type]
+
+
+def test_min_tokens_beyond_every_counter_fills_the_context() -> None:
+    request = make_request([1, 2], min_tokens=10**30, max_tokens=None, stop_token_ids=(5,))
+    streams = run(make_core(Setup()), [request])
+    assert len(streams["r", 0].tokens) == MAX_LEN - 2
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])

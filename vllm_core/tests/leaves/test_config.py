@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,13 @@ from vllm_core.errors import InvalidArgument
         ({"memory_utilization": 0.0}, "memory_utilization must be above 0"),
         ({"memory_utilization": 1.1}, "memory_utilization must be above 0"),
         ({"num_kv_blocks": 1}, "num_kv_blocks must be at least 2"),
+        ({"kv_cache_memory": -1}, "kv_cache_memory must be at least 1"),
+        ({"max_num_seqs": None}, "max_num_seqs must be a whole number"),
+        ({"max_model_len": "64"}, "max_model_len must be a whole number, not '64'"),
+        ({"block_size": 1.5}, "block_size must be a whole number"),
+        ({"memory_utilization": "all"}, "memory_utilization must be above 0"),
+        ({"seed": 2**64}, "seed must fit 64 bits"),
+        ({"seed": 0.5}, "seed must be a whole number"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32"),
         ({"load_format": "pickle"}, "load_format must be one of"),
         ({"scheduling_policy": "lifo"}, "scheduling_policy must be one of fcfs, priority"),
@@ -30,6 +38,11 @@ def test_a_setting_out_of_range_is_refused_in_words(wrong: dict[str, Any], said:
     with pytest.raises(InvalidArgument) as caught:
         EngineConfig(model="demo", **wrong)
     assert said in str(caught.value)
+
+
+def test_a_path_may_name_a_model() -> None:
+    config = EngineConfig(model=Path("a") / "b", tokenizer=Path("c"))  # type: ignore[arg-type]
+    assert (config.model, config.tokenizer) == (str(Path("a") / "b"), "c")
 
 
 def test_the_defaults_are_valid_and_cannot_be_changed_later() -> None:

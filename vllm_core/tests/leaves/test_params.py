@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_core.errors import InvalidArgument, VllmCoreError
-from vllm_core.params import MAX_LOGPROBS, SamplingParams
+from vllm_core.params import MAX_LOGPROBS, MAX_SEQUENCES, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,13 @@ from vllm_core.params import MAX_LOGPROBS, SamplingParams
         ({"n": 0}, "n must be at least 1"),
         ({"n": 1.5}, "n must be a whole number"),
         ({"n": True}, "n must be a whole number"),
+        ({"n": MAX_SEQUENCES + 1}, "n must be at most"),
+        ({"temperature": 10**400}, "temperature must be a finite number"),
+        ({"stop": 5}, "stop must be a list"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list"),
+        ({"banned_token_ids": "5"}, "banned_token_ids must be a list"),
+        ({"logit_bias": [5]}, "logit_bias must map"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias of token 5"),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"min_tokens": -1}, "min_tokens must not be negative"),
         ({"min_tokens": 17}, "min_tokens 17 is above max_tokens 16"),
@@ -63,6 +70,13 @@ def test_sequences_are_kept_as_tuples_and_one_stop_string_as_one() -> None:
     assert params.stop == ("end",)
     assert params.stop_token_ids == (1, 2)
     assert params.banned_token_ids == (3,)
+
+
+def test_none_means_nothing_where_a_list_is_expected() -> None:
+    given: dict[str, Any] = dict.fromkeys(
+        ("stop", "stop_token_ids", "banned_token_ids", "allowed_token_ids", "logit_bias")
+    )
+    assert SamplingParams(**given) == SamplingParams()
 
 
 def test_a_copy_is_checked_like_a_new_one() -> None:
