@@ -39,3 +39,9 @@ def test_data() -> Path | None:
     tests."""
     given = os.environ.get("VLLM_CORE_TEST_DATA")
     return Path(given) if given else None
+
+
+def default_spin_count(rounds: int) -> None:
+    """GOMP_SPINCOUNT, unless it or OMP_WAIT_POLICY says otherwise: how long OpenMP threads spin."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(rounds))

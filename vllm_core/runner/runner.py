@@ -5,19 +5,17 @@ Knows: buckets, programs, what is on the device. Does not know: requests, schedu
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vllm_core.backend import Executable, Fetch, HostStep, KVGroup, Runtime, StepLayout
+from vllm_core.backend import Executable, Fetch, KVGroup, Runtime, StepLayout
 from vllm_core.backend.step import scrap_params
 from vllm_core.models.decoder import Params
 from vllm_core.models.spec import ModelSpec
-from vllm_core.ops import BucketKey, DeviceState, Features, Logprobs, StepResult
+from vllm_core.ops import BucketKey, DeviceState, Logprobs, StepResult
 from vllm_core.plan import Plan, PromptTargets
 from vllm_core.runner import memory, programs
 from vllm_core.runner.batch import build_step, cover, exact_key, overflow
@@ -93,7 +91,7 @@ class ModelRunner:
         self._set_bias = runtime.compile(programs.bias_program(device), None)
         self._score: dict[int, Executable] = {}
         self.num_bucket_misses = 0
-        """Steps whose shape had to be compiled after warm-up."""
+        """Steps whose shape had to be compiled."""
         self.reset()
 
     def reset(self) -> None:
@@ -166,44 +164,6 @@ class ModelRunner:
             self.runtime.device, self.spec, self.groups, layout, workspace
         )
         return Bucket(layout, self.runtime.compile(program, key))
-
-    def warm_up(
-        self, budget: float, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> int:
-        """Compiles declared buckets, largest first, for at most `budget` seconds -> how many.
-
-        Runs each once with padding only, which changes nothing but scrap.
-        """
-        keys = self._declared_keys()
-        end, done = time.monotonic() + budget, 0
-        for key in keys:
-            if time.monotonic() >= end:
-                break
-            bucket = self._buckets[key] = self._compile(key)
-            self._run_padding(bucket)
-            done += 1
-            progress(done, len(keys))
-        self.num_bucket_misses = 0
-        return done
-
-    def _declared_keys(self) -> list[BucketKey]:
-        policy = self.policy
-        keys = {
-            BucketKey(tokens, rows, tuple(min(width, w) for w in self.widths), features)
-            for tokens in policy.tokens
-            for rows in policy.rows
-            for width in policy.widths
-            for features in policy.features or (Features(),)
-            if rows <= tokens
-        }
-        return sorted(keys, key=lambda k: (k.tokens, k.rows, k.widths), reverse=True)
-
-    def _run_padding(self, bucket: Bucket) -> None:
-        nothing = np.zeros(0, np.int64)
-        host = HostStep(nothing, nothing, (0, 0, 0))
-        step = self.runtime.upload(bucket.layout.template().copy(), host, bucket.layout.key)
-        self.state, self.kv, result, _ = bucket.run(self.params, self.state, self.kv, step)
-        self.runtime.fetch(result).wait()
 
     def close(self) -> None:
         """Lets go of everything on the device."""

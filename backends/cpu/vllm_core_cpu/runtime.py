@@ -1,16 +1,22 @@
 """Opens the CPU: for now the portable torch binding as it is.
 
-Knows: which binding drives a CPU. Does not know: models, scheduling.
+Knows: which binding drives a CPU, how its threads wait. Does not know: models, scheduling.
 """
 
 from __future__ import annotations
 
-import torch
+from vllm_core import envs
+from vllm_core.backend import OpenConfig, Runtime
 
-from vllm_core.backend import OpenConfig
-from vllm_core.bindings.torch import TorchRuntime
+SPIN_COUNT = 2000
+"""Rounds that an OpenMP thread spins at a barrier before it sleeps. libgomp's own choice is to spin
+for ever so long, which is up to a third faster on an idle machine and a hundred times slower beside
+one busy process (docs/adr/0003)."""
 
 
-def open_runtime(config: OpenConfig) -> TorchRuntime:
+def open_runtime(config: OpenConfig) -> Runtime:
     """The runtime of the one CPU device."""
-    return TorchRuntime(torch.device("cpu"), config.dtype, config.threads)
+    envs.default_spin_count(SPIN_COUNT)  # read once, when torch is imported
+    from vllm_core.bindings import torch as binding
+
+    return binding.open_runtime(config)

@@ -23,4 +23,9 @@ __all__ = [
 
 def open_runtime(config: OpenConfig) -> TorchRuntime:
     """A runtime on the CPU."""
-    return TorchRuntime(torch.device("cpu"), config.dtype, config.threads)
+    return TorchRuntime(
+        torch.device("cpu"),
+        config.dtype,
+        config.threads,
+        checkpoint_dtype=config.checkpoint_dtype,
+    )

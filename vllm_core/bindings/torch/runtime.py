@@ -51,9 +51,13 @@ class TorchRuntime(Runtime):
         dtype: str = "auto",
         threads: int | None = None,
         synchronous: bool | None = None,
+        checkpoint_dtype: str | None = None,
     ) -> None:
         default = "bfloat16" if _is_bfloat16_fast(device) else "float32"
-        self.dtype = default if dtype == "auto" else dtype
+        if device.type == "cpu" and checkpoint_dtype in ("bfloat16", "float16"):
+            checkpoint_dtype = default  # 16 bits are stored; what is fast decides
+        own = checkpoint_dtype if checkpoint_dtype in DTYPES else default
+        self.dtype = own if dtype == "auto" else dtype
         if self.dtype not in DTYPES:
             raise NotSupported(
                 f"torch computes in {', '.join(DTYPES)} here, not in {dtype!r}; choose one of these"
