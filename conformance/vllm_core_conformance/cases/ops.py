@@ -1,0 +1,7 @@
+"""Cases: ops."""
+
+from __future__ import annotations
+
+from vllm_core_conformance.case import Case
+
+CASES: tuple[Case, ...] = ()

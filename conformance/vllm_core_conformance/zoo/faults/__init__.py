@@ -1,0 +1,4 @@
+"""Wrong backends by area. Each module has FAULTS, a tuple of `Fault`.
+
+Knows: nothing. Does not know: any case.
+"""
