@@ -46,6 +46,10 @@ class Result:
     traceback: str = ""
     seconds: float = 0.0
     compilations: int = 0
+    compiled: dict[str, int] = field(default_factory=dict)
+    """Compilations by op, as far as the case names its programs."""
+    worker: int = 0
+    """Which process ran it: each compiles for itself."""
 
 
 def undeclared(case: Case, target: Target) -> list[str]:
@@ -73,11 +77,13 @@ def execute(case: Case, target: Target, seed: int) -> Result:
     try:
         own = target.fresh() if case.fresh else target
         missing = undeclared(case, own)
-        before = own.runtime.num_compilations()
+        before, by_op = own.runtime.num_compilations(), dict(own.compiled)
         try:
             _take(result, case.run(own, seed))
         finally:
             result.compilations = own.runtime.num_compilations() - before
+            more = {op: count - by_op.get(op, 0) for op, count in own.compiled.items()}
+            result.compiled = {op: count for op, count in more.items() if count}
         if missing and result.status == "pass":
             result.status = "not_supported"
             result.sentence = f"works although undeclared; declare {', '.join(missing)}"

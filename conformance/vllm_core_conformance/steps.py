@@ -64,6 +64,11 @@ class Shape:
     decoy_group: bool = False
     """Another KV group, with tables and content of its own, stands before the one that is used."""
     dim_v: int | None = None
+    share_pool: bool = False
+    """The decoy group draws from our pool: one id space, blocks of one shape."""
+    fused: bool = False
+    """q, k and v are slices of one array, as a fused projection gives them: strided, and not at the
+    start of a buffer."""
 
     @property
     def rows_for_life(self) -> int:
@@ -89,14 +94,20 @@ class Shape:
         )
 
     def groups(self, dtype: str) -> tuple[KVGroup, ...]:
-        """Our group last; the decoy has a pool of its own."""
+        """Our group last; the decoy has a pool of its own unless they share one."""
         spec = self.spec(dtype)
         kind: Any = "full" if self.window is None else "window"
-        ours = KVGroup(spec.group, kind, self.block_tokens, self.layers, spec, spec.group)
+        pool = 0 if self.share_pool else spec.group
+        ours = KVGroup(spec.group, kind, self.block_tokens, self.layers, spec, pool)
         if not self.decoy_group:
             return (ours,)
         other = replace(spec, group=0, window=None, sinks=False, softcap=None)
-        return (KVGroup(0, "full", self.block_tokens, self.layers + 1, other, 0), ours)
+        return (KVGroup(0, "full", self.block_tokens, self.decoy_layers, other, 0), ours)
+
+    @property
+    def decoy_layers(self) -> int:
+        """A shared pool has blocks of one size."""
+        return self.layers if self.share_pool else self.layers + 1
 
 
 @dataclass
@@ -175,6 +186,8 @@ class Stage:
         self.group = self.groups[-1]
         self.num_blocks = {group.pool: shape.num_blocks for group in self.groups}
         attention = target.runtime.attention
+        self.inputs: tuple[Any, ...] = ()
+        """q, k, v (or all in one) of the last step, on the device."""
         with calling("alloc"):
             self.kv = attention.alloc(self.groups, self.num_blocks)
         self.state = self._new_state()
@@ -214,7 +227,7 @@ class Stage:
 
     def _decoy_content(self, scene: Scene) -> dict[str, Numbers]:
         rng = np.random.default_rng(3)
-        shape = (self.shape.layers + 1, self.shape.num_blocks - 1, *scene.keys.shape[2:])
+        shape = (self.shape.decoy_layers, self.shape.num_blocks - 1, *scene.keys.shape[2:])
         kind = numpy_dtype(self.target.dtype)
         return {name: rng.normal(size=shape).astype(kind) for name in ("k", "v")}
 
@@ -264,7 +277,11 @@ class Stage:
             num_results=3,
             key=key,
         )
-        arrays = [target.array(x) for x in (q, k, v)]
+        if self.shape.fused:
+            arrays = [target.array(np.concatenate([x.reshape(len(x), -1) for x in (q, k, v)], 1))]
+        else:
+            arrays = [target.array(x) for x in (q, k, v)]
+        self.inputs = tuple(arrays)
         with calling("attention"):
             results = run(self.state, self.kv, device_step, *arrays, *more)
         self.state, self.kv = results[:2]
@@ -285,8 +302,9 @@ class Stage:
         spec = self.group.spec
 
         def fn(
-            state: DeviceState, kv: Any, device_step: DeviceStep, q: Any, k: Any, v: Any, *more: Any
+            state: DeviceState, kv: Any, device_step: DeviceStep, *arrays: Any
         ) -> tuple[Any, ...]:
+            q, k, v = _split(arrays[0], shape) if shape.fused else arrays[:3]
             step = layout.unpack(device_step.buffer)
             view, state = ops.expand(tables, state, step, layout.block_tokens, VOCAB)
             (plan,) = attention.plan(
@@ -299,7 +317,7 @@ class Stage:
                 k,
                 v,
                 plan,
-                sinks=more[0] if shape.sinks else None,
+                sinks=arrays[-1] if shape.sinks else None,
                 return_lse=shape.return_lse,
             )
             return state, kv, out, lse, state.num_tokens + 0
@@ -366,6 +384,18 @@ class Stage:
             arrays = target.array(tables), target.array(history)
             with calling("apply"):
                 (self.state,) = run(self.state, *arrays)
+
+
+def _split(qkv: Any, shape: Shape) -> tuple[Any, Any, Any]:
+    """[T, (Hq + Hkv) D + Hkv Dv] as a model splits it."""
+    tokens, dim, dim_v = qkv.shape[0], shape.dim, shape.dim_v or shape.dim
+    a = shape.num_q_heads * dim
+    b = a + shape.num_kv_heads * dim
+    return (
+        qkv[:, :a].reshape(tokens, shape.num_q_heads, dim),
+        qkv[:, a:b].reshape(tokens, shape.num_kv_heads, dim),
+        qkv[:, b:].reshape(tokens, shape.num_kv_heads, dim_v),
+    )
 
 
 def play(target: Target, scene: Scene) -> Seen:

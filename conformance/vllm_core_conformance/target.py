@@ -67,6 +67,8 @@ class Target:
         self._programs: dict[Hashable, Executable] = {}
         self.memo: dict[Hashable, Any] = {}
         """For cases that share something costly about this runtime."""
+        self.compiled: dict[str, int] = {}
+        """Compilations by op: the tag of the program, or the first part of one."""
 
     @property
     def ops(self) -> Ops:
@@ -140,11 +142,33 @@ class Target:
         if tag is not None and tag in self._programs:
             return self._programs[tag]
         program = Program(name, fn, consumes=consumes, num_results=num_results)
-        with calling(f"compile of program {name!r}"):
+        op = str(tag[0] if isinstance(tag, tuple) and tag else tag or name)
+        with calling(f"compile of program {name!r}"), self._counting(op):
             run = self.runtime.compile(program, key)
+        if self.is_static:
+            run = self._counted(op, run)
         if tag is not None:
             self._programs[tag] = run
         return run
+
+    def _counted(self, op: str, run: Executable) -> Executable:
+        """The same; what its calls compile is counted for the op."""
+
+        def call(*args: Any) -> tuple[Any, ...]:
+            with self._counting(op):
+                return run(*args)
+
+        return call
+
+    @contextmanager
+    def _counting(self, op: str) -> Iterator[None]:
+        before = self.runtime.num_compilations()
+        try:
+            yield
+        finally:
+            more = self.runtime.num_compilations() - before
+            if more:
+                self.compiled[op] = self.compiled.get(op, 0) + more
 
     def call(
         self, tag: Hashable, fn: Callable[..., tuple[Any, ...]], *args: Any

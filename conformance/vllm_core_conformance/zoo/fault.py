@@ -15,6 +15,7 @@ from vllm_core.backend import OpenConfig, Runtime
 
 MODULES = (
     "attention",
+    "numerics",
     "kv",
     "programs",
     "memory",

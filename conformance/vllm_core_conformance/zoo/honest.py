@@ -1,0 +1,150 @@
+"""Honest backends that compute the same in different ways: none of them may ever fail a case.
+
+Knows: kernels, runtimes. Does not know: cases, faults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+import numpy as np
+
+from vllm_core.backend import OpenConfig, Runtime
+from vllm_core.bindings.numpy import NumpyOps
+from vllm_core.ops import Array, HostArray, Param
+from vllm_core_conformance.zoo.kernel import HostLengths, Kernel, wide
+from vllm_core_conformance.zoo.runtime import (
+    BucketRuntime,
+    GraphRuntime,
+    Open,
+    ZooRuntime,
+    jax_open,
+    torch_open,
+)
+
+LOG2E = np.float64(1.4426950408889634)
+
+
+class FlashKernel(Kernel):
+    """Tiles of 16 from the last key to the first, probabilities rounded to the model's dtype, as
+    matrix units take them."""
+
+    TILE, BACKWARDS, QUERIES = 16, True, 16
+
+    def weighed(self, p: HostArray, values: HostArray) -> HostArray:
+        return super().weighed(p.astype(self.dtype).astype(p.dtype), values)
+
+
+class SplitKernel(Kernel):
+    """Whole-row softmax in two, three or seven parts; more for longer rows. The head before the
+    token in memory."""
+
+    TILE = 0
+    LAYOUT = (0, 1, 2, 4, 3, 5)
+
+    def splits(self, num_keys: int) -> list[range]:
+        count = 2 if num_keys < 40 else 3 if num_keys < 200 else 7
+        size = max(1, -(-num_keys // count))
+        return [range(i, min(num_keys, i + size)) for i in range(0, max(num_keys, 1), size)]
+
+
+class WholeRowKernel(HostLengths):
+    """No tiles: the scores of a row, then numpy's pairwise sums; exp by powers of two; K by columns
+    of the head (dim before token)."""
+
+    TILE, QUERIES = 0, 1 << 30
+    LAYOUT = (0, 2, 1, 4, 5, 3)
+
+    def dot(self, q: HostArray, keys: HostArray) -> HostArray:
+        return np.einsum("hnd,hld->hnl", q, keys, optimize=False)
+
+    def exp(self, x: HostArray) -> HostArray:
+        y: HostArray = np.exp2(x * LOG2E.astype(x.dtype))
+        return y
+
+    def weighed(self, p: HostArray, values: HostArray) -> HostArray:
+        return np.einsum("hnl,hld->hnd", p, values, optimize=False)
+
+
+class BlockedOps(NumpyOps):
+    """Matrix products in parts of 48 along the inner axis, norms by E[x^2] - E[x]^2 in float64,
+    sums of squares backwards, sigmoid by tanh."""
+
+    def linear(self, x: Array, param: Param) -> Array:
+        return self._product(x, param).astype(x.dtype)
+
+    def logits(self, x: Array, param: Param) -> Array:
+        return self._product(x, param)
+
+    def _product(self, x: Array, param: Param) -> Array:
+        a, b = wide(x), wide(param["weight"])
+        out = np.zeros((x.shape[0], b.shape[0]), a.dtype)
+        for k in range(0, a.shape[1], 48):
+            out += np.einsum("ti,oi->to", a[:, k : k + 48], b[:, k : k + 48], optimize=False)
+        bias = param.get("bias")
+        return out if bias is None else out + wide(bias)
+
+    def rms_norm(self, x: Array, param: Param, eps: float) -> Array:
+        y = wide(x)
+        mean = (y * y)[..., ::-1].mean(-1, keepdims=True)
+        return (y * (1 / np.sqrt(mean + np.asarray(eps, y.dtype))) * wide(param["weight"])).astype(
+            x.dtype
+        )
+
+    def layer_norm(self, x: Array, param: Param, eps: float) -> Array:
+        y = x.astype(np.float64)
+        mean = y.mean(-1, keepdims=True)
+        variance = np.maximum((y * y).mean(-1, keepdims=True) - mean * mean, 0)
+        out = wide(((y - mean) / np.sqrt(variance + eps)).astype(wide(x).dtype))
+        out = out * wide(param["weight"])
+        bias = param.get("bias")
+        return (out if bias is None else out + wide(bias)).astype(x.dtype)
+
+    def silu_and_mul(self, x: Array) -> Array:
+        half = x.shape[-1] // 2
+        y = wide(x)
+        gate = y[:, :half]
+        return (gate * (0.5 * (1 + np.tanh(gate / 2))) * y[:, half:]).astype(x.dtype)
+
+
+class FlashRuntime(ZooRuntime):
+    ATTENTION = FlashKernel
+
+
+class SplitRuntime(BucketRuntime):
+    ATTENTION = SplitKernel
+
+
+class WholeRowRuntime(GraphRuntime):
+    ATTENTION = WholeRowKernel
+    OPS = BlockedOps
+
+
+class AllDtypesRuntime(ZooRuntime):
+    """With float64, where it is batch invariant by rounding."""
+
+    CAPS = replace(ZooRuntime.CAPS, dtypes=ZooRuntime.CAPS.dtypes | {"float64"})
+
+
+def reference(config: OpenConfig) -> Runtime:
+    from vllm_core.bindings.numpy import open_runtime
+
+    return open_runtime(config)
+
+
+HONEST: dict[str, Open] = {
+    "honest_flash": FlashRuntime,
+    "honest_split": SplitRuntime,
+    "honest_whole_row": WholeRowRuntime,
+    "honest_plain": AllDtypesRuntime,
+    "honest_reference": reference,
+    "honest_torch": torch_open,
+    "honest_jax": jax_open,
+}
+"""By the name under which `zoo.open` finds them."""
+
+
+def dtypes_of(name: str) -> tuple[str, ...]:
+    """Dtypes in which the honest zoo is judged."""
+    if name == "honest_reference":
+        return ("float32", "float64")
+    return ("float32", "bfloat16", "float16")
