@@ -1,10 +1,11 @@
-"""The only place that knows how to run things: demo, tests, lint, types, bench, build.
+"""The only place that knows how to run things: demo, tests, lint, types, conformance, bench, build.
 
 Knows: what each session installs and calls. Does not know: what the commands do.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,13 @@ nox.options.sessions = ["lint", "types", "tests"]
 
 ROOT = Path(__file__).parent
 TREE = ("-e", ".", "-e", "backends/cpu")
-TESTED_TREE = ("-e", ".[test]", "-e", "backends/cpu")
-DISTRIBUTIONS = (".", "backends/cpu")
+TESTED_TREE = ("-e", ".[test]", "-e", "backends/cpu", "-e", "conformance")
+DISTRIBUTIONS = (".", "backends/cpu", "conformance")
+JUDGED = {"reference": (), "cpu": ("-e", "backends/cpu", "torch"), "jax": ("jax",)}
+"""Backend -> what it needs beside the core and the suite."""
+MATRIX = ROOT / ".github" / "conformance.json"
+"""Every backend that the support matrix names, whether or not there is a runner for it."""
+REPORTS = ROOT / "build" / "reports"
 FETCH_DEMO_MODEL = (
     "from vllm_core.weights.demo import ensure_demo_model; print(ensure_demo_model(print))"
 )
@@ -61,6 +67,33 @@ def types(session: nox.Session) -> None:
     """mypy, strict, on everything."""
     install(session, *TESTED_TREE, "torch", "jax", "mypy", "nox")
     session.run("mypy", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("backend", list(JUDGED))
+def conformance(session: nox.Session, backend: str) -> None:
+    """`nox -s "conformance(backend='cpu')" -- core,serving`: report.json in build/reports/cpu.
+
+    The profiles are the first argument (default: core); the others go to `vllm-core conformance
+    run`.
+    """
+    profile, *more = session.posargs or ["core"]
+    install(session, "-e", ".", "-e", "conformance", *JUDGED[backend])
+    what = ("--backend", backend, "--profile", profile, "--output", str(REPORTS / backend))
+    session.run("vllm-core", "conformance", "run", *what, *more)
+
+
+@nox.session
+def support(session: nox.Session) -> None:
+    """docs/support.md from every report.json below a folder (default: build/reports)."""
+    install(session, "-e", ".", "-e", "conformance")
+    below = Path(session.posargs[0]) if session.posargs else REPORTS
+    reports = sorted(str(path) for path in below.rglob("report.json"))
+    if not reports:
+        session.error(f"no report.json below {below}; first: nox -s conformance")
+    named = ",".join(row["backend"] for row in json.loads(MATRIX.read_text()))
+    what = ("--support-matrix", "--unverified", named, "--output", "docs/support.md")
+    session.run("vllm-core", "conformance", "report", *reports, *what)
 
 
 @nox.session

@@ -160,7 +160,7 @@ def fill(
     else:
         q *= regime.spread / (abs(shape.scale) * np.sqrt(dim))
     if regime.tiny:
-        little, less = (2.0**-12, 2.0**-7) if dtype == "float16" else (2.0**-66, 2.0**-100)
+        little, less = (2.0**-12, 1.0) if dtype == "float16" else (2.0**-66, 2.0**-100)
         q, keys, k = little * q, little * keys, little * k
         values, v = less * values, less * v
     if regime.outlier:

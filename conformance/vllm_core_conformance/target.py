@@ -68,7 +68,7 @@ class Target:
         self.memo: dict[Hashable, Any] = {}
         """For cases that share something costly about this runtime."""
         self.compiled: dict[str, int] = {}
-        """Compilations by op: the tag of the program, or the first part of one."""
+        """Compilations by op: the words that its tag begins with."""
 
     @property
     def ops(self) -> Ops:
@@ -142,7 +142,7 @@ class Target:
         if tag is not None and tag in self._programs:
             return self._programs[tag]
         program = Program(name, fn, consumes=consumes, num_results=num_results)
-        op = str(tag[0] if isinstance(tag, tuple) and tag else tag or name)
+        op = _op_of(tag)
         with calling(f"compile of program {name!r}"), self._counting(op):
             run = self.runtime.compile(program, key)
         if self.is_static:
@@ -179,6 +179,17 @@ class Target:
             results = run(*args)
         found: tuple[Any, ...] = self.fetch(results)
         return found
+
+
+def _op_of(tag: Hashable) -> str:
+    """The leading words of a tag: ("ops", ("rope", 8)) -> "ops rope"; the rest is the key."""
+    words: list[str] = []
+    while isinstance(tag, tuple) and tag and isinstance(tag[0], str) and len(words) < 2:
+        words.append(tag[0])
+        tag = tag[1] if len(tag) > 1 else None
+    if isinstance(tag, str) and len(words) < 2:
+        words.append(tag)
+    return " ".join(words) or "untagged"
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -156,7 +156,7 @@ def make_weights(blueprint: Blueprint, seed: int, round_to: Callable[[Numbers], 
         heads = facts.q_heads + 2 * facts.kv_heads
         own: dict[str, Any] = {
             "input_norm": norm(size, facts.norm),
-            "qkv": linear(heads * facts.dim, size, 1.6, facts.biases),
+            "qkv": linear(heads * facts.dim, size, 1.3, facts.biases),
             "output": linear(size, facts.q_heads * facts.dim, 2.0, facts.biases),
             "ffn_norm": norm(size, facts.norm),
         }
@@ -334,6 +334,18 @@ class Served:
     @property
     def max_len(self) -> int:
         return self.blueprint.max_len
+
+    def least_blocks(self, num_tokens: int) -> int:
+        """Blocks per pool, the null block included, that one sequence of this length needs."""
+        held = [
+            sum(
+                group.blocks_held(num_tokens, self.sizes.token_budget)
+                for group in self.runner.groups
+                if group.pool == pool
+            )
+            for pool in self.sizes.num_blocks
+        ]
+        return 1 + max(held)
 
     def use(self, seed: int, weights: Any = None) -> None:
         """The weights of a seed, or these, as the arguments of the same programs."""

@@ -1,7 +1,235 @@
-"""Cases: errors."""
+"""Cases: refusals. Of the right kind, in words that help, and the runtime works afterwards.
+
+Windows, softcap, sinks and lse that are not declared are judged where they are computed (attention,
+by `needs`). Reserved fields of a spec are refused by the core before any backend sees them.
+
+Knows: kinds of errors, what must be refused. Does not know: numbers, but for heads of odd shapes.
+"""
 
 from __future__ import annotations
 
-from vllm_core_conformance.case import Case
+import zlib
+from collections.abc import Callable
+from typing import Any
 
-CASES: tuple[Case, ...] = ()
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_core.errors import InvalidArgument, NotSupported, VllmCoreError
+from vllm_core.ops import ParamSpec, Part
+from vllm_core_conformance import score
+from vllm_core_conformance.case import Case, Evidence, Failed, require
+from vllm_core_conformance.cases.programs_echo import healthy
+from vllm_core_conformance.oracle import attention as oracle
+from vllm_core_conformance.steps import Scene, Shape, play
+from vllm_core_conformance.target import Raised, Target, calling, wide
+
+Numbers = NDArray[Any]
+Body = Callable[[Target, np.random.Generator], Evidence]
+
+SHORTEST = 15
+"""Characters of a message that says what was wanted and what to change."""
+
+
+def _refused(
+    what: str, kind: type[VllmCoreError], call: Callable[[], object], *names: str
+) -> Evidence:
+    """call() raises `kind` with a message that names one of `names`, if there are any."""
+    try:
+        with calling(what):
+            call()
+    except Raised as raised:
+        error = raised.error
+    else:
+        raise Failed(f"{what} seemed to work; expected {kind.__name__}")
+    require(
+        isinstance(error, kind),
+        f"{what} raised {type(error).__name__} ({_first(error)!r}); expected {kind.__name__}, so "
+        "that the caller can tell a refusal from a defect",
+    )
+    require(
+        len(str(error)) > SHORTEST,
+        f"{what} was refused with {str(error)!r}: say what was wanted and what to change",
+    )
+    require(
+        not names or any(name in str(error) for name in names),
+        f"{what} was refused with {_first(error)!r}, which names none of {', '.join(names)}",
+    )
+    return Evidence(checks=3)
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _scene(target: Target, shape: Shape, rng: np.random.Generator) -> Scene:
+    """Two rows, one decoding and one with a cached prefix."""
+    cached, query = np.array([17, 5]), np.array([1, 6])
+    total, dim_v = int(query.sum()), shape.dim_v or shape.dim
+    heads = (shape.num_blocks, shape.layers, shape.block_tokens, shape.num_kv_heads)
+
+    def normal(*size: int) -> Numbers:
+        return target.round(rng.normal(size=size))
+
+    blocks = rng.permutation(np.arange(1, shape.num_blocks))[: 2 * shape.width]
+    return Scene(
+        shape,
+        state_rows=np.array([1, 0]),
+        cached=cached,
+        query=query,
+        tables=blocks.reshape(2, shape.width).astype(np.int32),
+        keys=normal(*heads, shape.dim),
+        values=normal(*heads, dim_v),
+        q=normal(total, shape.num_q_heads, shape.dim),
+        k=normal(total, shape.num_kv_heads, shape.dim),
+        v=normal(total, shape.num_kv_heads, dim_v),
+        sinks=normal(shape.num_q_heads) if shape.sinks else None,
+    )
+
+
+def _shape(dim: int, **more: Any) -> Shape:
+    return Shape(
+        num_q_heads=4,
+        num_kv_heads=2,
+        dim=dim,
+        block_tokens=16,
+        num_blocks=8,
+        tokens=8,
+        rows=2,
+        width=2,
+        scale=0.3,
+        **more,
+    )
+
+
+def lse_with_sinks(target: Target, rng: np.random.Generator) -> Evidence:
+    """return_lse with sinks: InvalidArgument, from the call or from the wait."""
+    scene = _scene(target, _shape(32, sinks=True, return_lse=True), rng)
+    what = "attention with sinks and return_lse"
+    evidence = _refused(what, InvalidArgument, lambda: play(target, scene))
+    evidence += healthy(target, int(rng.integers(1000)), "return_lse with sinks was refused")
+    return evidence
+
+
+def unknown_scheme(target: Target, rng: np.random.Generator) -> Evidence:
+    """A weight in a scheme that is not declared is refused, alone or as a part of a fused one."""
+    scheme = "ternary_w2a7_of_nobody"
+    weight = target.round(rng.normal(size=(8, 16))).astype(np.float32)
+    spec = ParamSpec("layer.7.qkv", (16, 16), "linear")
+    unknown, dense = (Part(s, {"weight": weight}, 8) for s in (scheme, "dense"))
+    evidence = Evidence()
+    for parts in ([unknown, unknown], [dense, unknown]):
+        evidence += _refused(
+            f"load of a weight whose parts are {' and '.join(p.scheme for p in parts)}",
+            NotSupported,
+            lambda parts=parts: target.runtime.load(spec, parts),  # type: ignore[misc]
+            scheme,
+            spec.name,
+        )
+    param = target.load(spec, [dense, dense])
+    with calling("unload"):
+        found = target.runtime.unload(param)
+    evidence += score.require_equal(
+        wide(found["weight"]),
+        wide(np.concatenate((weight, weight))),
+        "a dense weight loaded after others were refused",
+        axes=("out", "in"),
+    )
+    return evidence
+
+
+def reserved(target: Target, rng: np.random.Generator) -> Evidence:
+    """update and transfer are reserved: refused, or, by a backend ahead of its time, right."""
+    weight = target.round(rng.normal(size=(8, 16)))
+    newer = target.round(rng.normal(size=(8, 16)))
+    param = target.param("linear", {"weight": weight})
+    x = target.array(weight)
+    evidence = Evidence()
+
+    def update() -> Numbers:
+        part = Part("dense", {"weight": newer.astype(np.float32)}, 8)
+        new = target.runtime.update(param, [part])
+        return wide(target.runtime.unload(new)["weight"])
+
+    def transfer() -> Numbers:
+        (found,) = target.fetch((target.runtime.transfer(x, 0),))
+        return wide(found)
+
+    for what, call, want in (("update of a weight", update, newer), ("transfer", transfer, weight)):
+        try:
+            with calling(what):
+                found = call()
+        except Raised as raised:
+            require(
+                isinstance(raised.error, NotSupported) and len(str(raised.error)) > SHORTEST,
+                f"{what} is reserved and raised {type(raised.error).__name__} "
+                f"({_first(raised.error)!r}); expected NotSupported that says what to do instead",
+            )
+            evidence.checks += 1
+        else:
+            evidence += score.require_equal(found, want, f"{what}, which did not refuse")
+    return evidence
+
+
+def odd_heads(target: Target, rng: np.random.Generator) -> Evidence:
+    """Heads beyond what is mandatory are computed right or refused, and nothing else."""
+    evidence = Evidence()
+    beyond = (target.caps.max_head_dim + 8 + 7) // 8 * 8
+    for text, shape in (
+        ("an odd head size, 33", _shape(33)),
+        (f"head size {beyond}, above max_head_dim", _shape(beyond)),
+        ("V heads of 48 beside K heads of 32", _shape(32, dim_v=48)),
+    ):
+        if shape.dim > 1024:
+            continue  # a backend without a limit: nothing to see
+        scene = _scene(target, shape, rng)
+        try:
+            seen = play(target, scene)
+        except Raised as raised:
+            _refused(text, NotSupported, _raiser(raised.error))
+            evidence.checks += 1
+            evidence.notes.append(f"refused: {text}")
+            continue
+        expected = oracle.attention(scene, target.dtype)
+        evidence += score.judge(
+            "attention",
+            seen.out[: scene.num_tokens],
+            expected.out,
+            expected.noise,
+            dtype=target.dtype,
+            numeric_class=target.caps.numeric_class,
+            axes=("token", "head", "lane"),
+            where=f"attention with {text}, which was not refused",
+        )
+    evidence += healthy(target, int(rng.integers(1000)), "heads of odd shapes")
+    return evidence
+
+
+def _raiser(error: BaseException) -> Callable[[], None]:
+    def call() -> None:
+        raise error
+
+    return call
+
+
+def _case(name: str, says: str, body: Body, *profiles: str, needs: tuple[str, ...] = ()) -> Case:
+    def run(target: Target, seed: int) -> Evidence:
+        return body(target, np.random.default_rng([seed, zlib.crc32(f"errors.{name}".encode())]))
+
+    return Case(f"errors.{name}", says, run, frozenset(("contract", *profiles)), needs=needs)
+
+
+CASES: tuple[Case, ...] = (
+    _case(
+        "lse_with_sinks",
+        "return_lse with sinks is an InvalidArgument",
+        lse_with_sinks,
+        "core",
+        needs=("sinks", "return_lse"),
+    ),
+    _case(
+        "unknown_scheme", "weights in a scheme that is not declared are refused", unknown_scheme
+    ),
+    _case("reserved", "what is reserved refuses with NotSupported", reserved),
+    _case("odd_heads", "heads beyond the mandatory are right or refused", odd_heads, "core"),
+)

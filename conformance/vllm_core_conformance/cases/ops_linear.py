@@ -27,7 +27,7 @@ SMALL_SIZES = ((1, 1, 1, False), (7, 5, 3, True), (130, 129, 65, True))
 """(tokens, inputs, outputs, bias): ones, odd, no powers of two."""
 WIDE_SIZES = ((7, 768, 1000, False), (33, 2048, 96, True), (5, 5000, 41, False))
 """Of a model's size, and a sum over several tiles that none divides."""
-HEAD_SIZES = ((1, 5, 3, False), (5, 129, 1000, False), (9, 768, 517, True))
+HEAD_SIZES = ((1, 40, 3, False), (5, 129, 1000, False), (9, 768, 517, True))
 REPEATS = 2
 """Calls of one shape with other numbers: what was kept from the first would show."""
 

@@ -41,7 +41,12 @@ def philox_word(counter: Sequence[int], key: Sequence[int]) -> int:
     k0, k1 = key
     for _ in range(10):
         first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & MASK, (first >> 32) ^ c3 ^ k1, first & MASK
+        c0, c1, c2, c3 = (
+            (second >> 32) ^ c1 ^ k0,
+            second & MASK,
+            (first >> 32) ^ c3 ^ k1,
+            first & MASK,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
     return c0
 
@@ -58,8 +63,8 @@ def adjusted(x: Numbers, request: Request, so_far: Sequence[int]) -> tuple[Numbe
     if len(so_far) < p.min_tokens:
         x[request.stop_ids] = -np.inf
     for token in {*request.prompt, *so_far}:
-        x[token] = x[token] / p.repetition_penalty if x[token] > 0 else (
-            x[token] * p.repetition_penalty
+        x[token] = (
+            x[token] / p.repetition_penalty if x[token] > 0 else (x[token] * p.repetition_penalty)
         )
     for token, count in Counter(so_far).items():
         x[token] -= count * p.frequency_penalty + p.presence_penalty
@@ -80,9 +85,7 @@ def choices(x: Numbers, error: Numbers, request: Request, index: int, position: 
     surely, perhaps = _kept(x, share, error, request, slack)
     mass = np.where(perhaps, share, 0.0)
     edges = np.cumsum(mass) / mass.sum()
-    word = philox_word(
-        (position, index, 0, 0), (request.seed & MASK, request.seed >> 32)
-    )
+    word = philox_word((position, index, 0, 0), (request.seed & MASK, request.seed >> 32))
     u = word / 2.0**32
     expected = int(np.searchsorted(edges, u, side="right"))
     if (surely != perhaps).any():

@@ -73,8 +73,12 @@ class Judge:
             slope = rows
             if blueprint.logit_softcap is not None:
                 slope = rows * (1 - np.square(own / blueprint.logit_softcap))[:, None]
-            mean = np.exp(logprobs[t]) @ slope
-            noise[t] = spread[t] * np.linalg.norm(slope - mean, axis=1)
+            p = np.exp(logprobs[t])
+            noise[t] = spread[t] * np.linalg.norm(slope - p @ slope, axis=1)
+            # beyond first order: what the normalisation could move by at the edge of the band
+            reach = self.band * spread[t] * np.linalg.norm(slope - slope[own.argmax()], axis=1)
+            excess = np.log(p @ np.exp(np.minimum(reach, 50.0))) - p @ reach
+            noise[t] = np.hypot(noise[t], max(0.0, excess) / self.band)
         noise += oracle.U32 * (1 + np.abs(x) + np.abs(x - logprobs))
         return Known(x, logprobs, noise)
 
@@ -99,7 +103,10 @@ class Judge:
         for place in range(len(stream.prompt_scores)):
             ids, values, rank = stream.prompt_scores[place]
             self._logprobs(
-                known, place, request.prompt[place + 1], Logprobs(ids, values, np.array(rank)),
+                known,
+                place,
+                request.prompt[place + 1],
+                Logprobs(ids, values, np.array(rank)),
                 f"{who}, prompt token {place + 1}",
             )
         for i in range(len(stream.tokens)):
@@ -143,8 +150,12 @@ class Judge:
         token, row = stream.tokens[i], len(request.prompt) + i - 1
         if i < len(stream.logprobs):
             self._logprobs(
-                known, row, token, stream.logprobs[i],
-                f"{who}, token {i} of its output", self._history(request, index, row + 1),
+                known,
+                row,
+                token,
+                stream.logprobs[i],
+                f"{who}, token {i} of its output",
+                self._history(request, index, row + 1),
             )
         so_far = stream.tokens[:i]
         x, grows = adjusted(known.logits[row], request, so_far)

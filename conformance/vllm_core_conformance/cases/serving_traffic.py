@@ -20,13 +20,16 @@ from vllm_core_conformance.target import Target
 from vllm_core_conformance.tiny import VOCAB, Served, Setup, Streams, one_step, serve, take
 
 NUM_ACTIONS = 70
+MAX_TAIL, MAX_ANSWER = 8, 11
+"""Tokens of a prompt behind its shared prefix, and of an answer."""
 
 
 def traffic(blueprint: Blueprint, target: Target, seed: int) -> Evidence:
     """Adds, aborts and steps at random; then everything runs to its end."""
     rng = np.random.default_rng([seed, zlib.crc32(f"traffic {blueprint.name}".encode())])
     served = serve(target, blueprint, seed)
-    blocks = 2 + served.runner.widths[0] + int(rng.integers(0, 4))
+    longest = served.max_len // 4 + MAX_TAIL + MAX_ANSWER
+    blocks = served.least_blocks(longest) + int(rng.integers(0, 4))
     core = served.engine(
         Setup(
             token_budget=int(rng.choice((5, 9, 16))),
@@ -61,15 +64,14 @@ class Driver:
         self.requests: list[Request] = []
         self.aborted: set[str] = set()
         self.streams: Streams = {}
-        longest = served.max_len // 2
-        self.prefixes = [rng.integers(0, VOCAB, n).tolist() for n in (0, 5, longest // 2)]
+        self.prefixes = [rng.integers(0, VOCAB, n).tolist() for n in (0, 5, served.max_len // 4)]
 
     def act(self) -> None:
         what = self.rng.random()
         running = list(self.core.scheduler.requests)
-        if what < 0.25 and len(running) < 12:
+        if what < 0.3 and len(running) < 12:
             self.add()
-        elif what < 0.29 and running:
+        elif what < 0.34 and running:
             name = str(self.rng.choice(running))
             self.core.abort(name)
             self.aborted.add(name)
@@ -81,10 +83,10 @@ class Driver:
         rng = self.rng
         tokens = [
             *self.prefixes[int(rng.integers(len(self.prefixes)))],
-            *rng.integers(0, VOCAB, int(rng.integers(1, 9))).tolist(),
+            *rng.integers(0, VOCAB, int(rng.integers(1, MAX_TAIL + 1))).tolist(),
         ]
         params: dict[str, Any] = {
-            "max_tokens": int(rng.integers(1, 12)),
+            "max_tokens": int(rng.integers(1, MAX_ANSWER + 1)),
             "temperature": 0.0,
             "ignore_eos": bool(rng.random() < 0.7),
             "logprobs": 3,

@@ -1,7 +1,296 @@
-"""Cases: weights."""
+"""Cases: weights go to the device and come back with their bits, whatever form they had on the host.
+
+Knows: parts, lazy arrays, layouts and dtypes of host arrays. Does not know: a backend's own layout.
+"""
 
 from __future__ import annotations
 
-from vllm_core_conformance.case import Case
+from typing import Any
 
-CASES: tuple[Case, ...] = ()
+import numpy as np
+
+from vllm_core.errors import NotSupported, VllmCoreError
+from vllm_core.ops import LazyArray, Param, ParamSpec, Part
+from vllm_core_conformance.case import Case, Evidence, Failed, require
+from vllm_core_conformance.cases.ops_call import Bench, rng_of
+from vllm_core_conformance.oracle import ops as oracle
+from vllm_core_conformance.score import require_equal
+from vllm_core_conformance.target import Raised, Target, calling, numpy_dtype, round_to, wide
+
+HOST_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _stored(target: Target, x: Any, role: str) -> Any:
+    """What the device must hold of a host array: the model dtype, norms at least float32."""
+    if role == "norm" and target.dtype != "float64":
+        return round_to(wide(x), "float32")
+    return target.round(wide(x))
+
+
+def _unloaded(
+    target: Target, param: Param, wanted: dict[str, Any], role: str, what: str
+) -> Evidence:
+    with calling("unload"):
+        found = target.runtime.unload(param)
+    require(
+        set(found) == set(wanted),
+        f"{what}: unload gave {sorted(found)}, loaded were {sorted(wanted)}",
+    )
+    evidence = Evidence()
+    for name, host in wanted.items():
+        back = np.asarray(found[name])
+        if role == "norm":
+            allowed = {"float32", "float64"}
+        else:
+            allowed = {target.dtype}
+        require(
+            back.dtype.name in allowed,
+            f"{what}: unload gave the {name} in {back.dtype}, expected {' or '.join(allowed)}",
+        )
+        exact = _stored(target, host, role)
+        evidence += require_equal(wide(back), exact, f"{what}: {name} after load and unload")
+    return evidence
+
+
+def _host(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Any:
+    x = rng.normal(size=shape) * 10.0 ** rng.integers(-3, 3, shape)
+    x.flat[0] = -0.0
+    return x.astype(numpy_dtype(dtype))
+
+
+ROLES: tuple[tuple[str, tuple[int, ...], bool], ...] = (
+    ("linear", (7, 5), True),
+    ("linear", (1, 1), False),
+    ("linear", (48, 129), True),
+    ("linear", (64, 32), False),
+    ("embedding", (53, 11), False),
+    ("norm", (37,), True),
+    ("norm", (1,), False),
+    ("experts", (3, 10, 7), False),
+    ("experts", (4, 32, 16), False),
+)
+
+
+def round_trip(target: Target, seed: int) -> Evidence:
+    """Every role, every host dtype, odd sizes."""
+    rng, evidence = rng_of("weights.load.round_trip", seed), Evidence()
+    for role, shape, has_bias in ROLES:
+        for dtype in HOST_DTYPES:
+            tensors = {"weight": _host(rng, shape, dtype)}
+            if has_bias:
+                tensors["bias"] = _host(rng, shape[:1], dtype)
+            what = f"{role} {list(shape)} from {dtype}"
+            part = Part("dense", tensors, shape[0])
+            param = target.load(ParamSpec("w", shape, role), [part])
+            evidence += _unloaded(target, param, tensors, role, what)
+    return evidence
+
+
+def parts(target: Target, seed: int) -> Evidence:
+    """Parts of 5, 1 and 58 rows, some lazy, join in their order; their biases too."""
+    rng, bench = rng_of("weights.parts.order", seed), Bench(target)
+    for has_bias in (True, False):
+        for width in (9, 64):
+            sizes = (5, 1, 58)
+            dtype = HOST_DTYPES[rng.integers(len(HOST_DTYPES))]
+            hosts = [{"weight": _host(rng, (rows, width), dtype)} for rows in sizes]
+            if has_bias:
+                for rows, tensors in zip(sizes, hosts):
+                    tensors["bias"] = _host(rng, (rows,), dtype)
+            lazy = int(rng.integers(3))
+            given = [
+                Part("dense", _lazily(tensors) if place == lazy else tensors, rows)
+                for place, (rows, tensors) in enumerate(zip(sizes, hosts))
+            ]
+            param = target.load(ParamSpec("qkv", (sum(sizes), width), "linear"), given)
+            whole = {
+                name: np.concatenate([wide(tensors[name]) for tensors in hosts])
+                for name in hosts[0]
+            }
+            what = f"three parts of {sizes} rows{' with biases' if has_bias else ''}"
+            bench.evidence += _unloaded(target, param, whole, "linear", what)
+            _judge_linear(bench, rng, param, whole, what)
+    return bench.done()
+
+
+def _lazily(tensors: dict[str, Any]) -> dict[str, LazyArray]:
+    return {
+        name: LazyArray(x.shape, x.dtype.name, lambda x=x: x)  # type: ignore[misc]
+        for name, x in tensors.items()
+    }
+
+
+def _judge_linear(
+    bench: Bench, rng: np.random.Generator, param: Param, whole: dict[str, Any], what: str
+) -> None:
+    target = bench.target
+    weight = _stored(target, whole["weight"], "linear")
+    bias = None if "bias" not in whole else _stored(target, whole["bias"], "linear")
+    x = target.round(rng.normal(size=(6, weight.shape[1])))
+    ops = target.ops
+    (out,) = target.call(
+        ("weights", "linear"), lambda x, p: (ops.linear(x, p),), target.array(x), param
+    )
+    bench.judge(
+        "linear",
+        out,
+        oracle.linear(x, weight, bias),
+        oracle.noise_linear(x, weight, bias, ratio=bench.ratio),
+        where=f"of {what}",
+        axes=("token", "output"),
+        by_class=True,
+    )
+
+
+def lazy_roles(target: Target, seed: int) -> Evidence:
+    """Each role from lazy arrays, and embeddings, norms and experts in parts along axis 0."""
+    rng, evidence = rng_of("weights.parts.roles", seed), Evidence()
+    for role, shape in (("embedding", (11, 6)), ("norm", (9,)), ("experts", (5, 6, 3))):
+        cut = int(rng.integers(1, shape[0]))
+        host = _host(rng, shape, "float32")
+        pieces = [Part("dense", _lazily({"weight": x}), len(x)) for x in (host[:cut], host[cut:])]
+        param = target.load(ParamSpec("w", shape, role), pieces)
+        what = f"{role} {list(shape)} in lazy parts of {cut} and {shape[0] - cut}"
+        evidence += _unloaded(target, param, {"weight": host}, role, what)
+    return evidence
+
+
+def layouts(target: Target, seed: int) -> Evidence:
+    """Transposed, strided, reversed and read-only host arrays are read as numpy reads them."""
+    rng, bench = rng_of("weights.load.layouts", seed), Bench(target)
+    for dtype in HOST_DTYPES:
+        base = _host(rng, (40, 66), dtype)
+        read_only = base[:, :33].copy()
+        read_only.setflags(write=False)
+        for name, host in (
+            ("transposed", base.T),
+            ("strided", base[::3, 1::2]),
+            ("reversed", base[::-1, ::-1]),
+            ("read-only", read_only),
+            ("Fortran order", np.asfortranarray(base)),
+        ):
+            part = Part("dense", {"weight": host}, len(host))
+            param = target.load(ParamSpec("w", host.shape, "linear"), [part])
+            what = f"a {name} {dtype} array"
+            bench.evidence += _unloaded(target, param, {"weight": host}, "linear", what)
+            _judge_linear(bench, rng, param, {"weight": wide(host)}, what)
+    return bench.done()
+
+
+def no_alias(target: Target, seed: int) -> Evidence:
+    """The loader's memory is its own again once load returned; what unload gave is the caller's."""
+    rng, bench = rng_of("weights.load.alias", seed), Bench(target)
+    for role, shape in (("linear", (33, 17)), ("embedding", (33, 17)), ("norm", (17,))):
+        for dtype in ("float32", target.dtype):
+            host = rng.normal(size=shape).astype(numpy_dtype(dtype))
+            kept = host.copy()
+            part = Part("dense", {"weight": host}, shape[0])
+            param = target.load(ParamSpec("w", shape, role), [part])
+            host[...] = 3
+            what = f"{role} whose {dtype} host array was overwritten after load"
+            bench.evidence += _unloaded(target, param, {"weight": kept}, role, what)
+            with calling("unload"):
+                back = np.asarray(target.runtime.unload(param)["weight"])
+            if back.flags.writeable:
+                back[...] = 5
+            what = f"{role} whose unloaded array was overwritten"
+            bench.evidence += _unloaded(target, param, {"weight": kept}, role, what)
+            if role == "linear":
+                _judge_linear(bench, rng, param, {"weight": wide(kept)}, what)
+    return bench.done()
+
+
+def unknown_scheme(target: Target, seed: int) -> Evidence:
+    """A scheme that is not declared is refused, not taken for plain numbers."""
+    weight = np.ones((4, 8), np.float32)
+    scheme = "suite-knows-no-such-scheme"
+    for given in (
+        [Part(scheme, {"weight": weight}, 4)],
+        [Part("dense", {"weight": weight}, 4), Part(scheme, {"weight": weight}, 4)],
+    ):
+        try:
+            target.load(ParamSpec("w", (4 * len(given), 8), "linear"), given)
+        except Raised as raised:
+            require(
+                isinstance(raised.error, NotSupported),
+                f"load of an unknown weight scheme raised {type(raised.error).__name__}, "
+                "expected NotSupported",
+            )
+            continue
+        raise Failed("load accepted a weight scheme that no backend knows; it must refuse it")
+    return Evidence(checks=2)
+
+
+def wrong_shape(target: Target, seed: int) -> Evidence:
+    """Weights of another shape than the model's are refused at load, where the name is known."""
+    rng, evidence = rng_of("weights.shape.refused", seed), Evidence()
+    for role, shape, given in (
+        ("linear", (6, 4), (4, 6)),
+        ("linear", (6, 4), (6, 5)),
+        ("embedding", (9, 4), (8, 4)),
+        ("norm", (9,), (8,)),
+        ("experts", (3, 4, 5), (3, 5, 4)),
+    ):
+        host = _host(rng, given, "float32")
+        try:
+            target.load(ParamSpec("w", shape, role), [Part("dense", {"weight": host}, given[0])])
+        except Raised as raised:
+            require(
+                isinstance(raised.error, VllmCoreError),
+                f"load of a {role} of shape {list(given)} where {list(shape)} is needed raised "
+                f"{type(raised.error).__name__}, which does not say whose fault it is",
+            )
+            evidence.checks += 1
+            continue
+        raise Failed(
+            f"load took a {role} of shape {list(given)} where the model needs {list(shape)}"
+        )
+    return evidence
+
+
+_CORE = frozenset({"core"})
+
+CASES: tuple[Case, ...] = (
+    Case(
+        "weights.load.round_trip",
+        "gives back the bits that it loaded, in the model dtype, norms in float32",
+        round_trip,
+        frozenset({"core", "smoke"}),
+        every_dtype=True,
+    ),
+    Case(
+        "weights.parts.order",
+        "joins parts and their biases in order, and multiplies by the whole",
+        parts,
+        _CORE,
+        every_dtype=True,
+    ),
+    Case(
+        "weights.parts.roles",
+        "joins lazy parts of embeddings, norms and experts",
+        lazy_roles,
+        _CORE,
+    ),
+    Case(
+        "weights.load.layouts",
+        "reads host arrays of any strides",
+        layouts,
+        _CORE,
+        every_dtype=True,
+    ),
+    Case(
+        "weights.load.alias",
+        "keeps a copy of its own",
+        no_alias,
+        _CORE,
+        every_dtype=True,
+    ),
+    Case("weights.scheme.unknown", "refuses an unknown weight scheme", unknown_scheme, _CORE),
+    Case(
+        "weights.shape.refused",
+        "refuses weights of another shape than the model's",
+        wrong_shape,
+        _CORE,
+        scored=False,  # the page of the seam does not promise it yet
+    ),
+)

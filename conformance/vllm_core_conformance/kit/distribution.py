@@ -65,7 +65,8 @@ def check_name(name: str) -> None:
         )
     if name in _taken():
         raise InvalidArgument(
-            f"there is a backend {name!r} already; `vllm-core doctor` lists what is installed"
+            f"the name {name!r} is taken: a backend that `vllm-core doctor` lists has it, or "
+            "vllm-core keeps it for one of its own"
         )
     if find_spec(f"vllm_core_{name}") is not None:
         raise InvalidArgument(f"there is a package vllm_core_{name} already; take another name")

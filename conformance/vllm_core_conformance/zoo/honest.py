@@ -6,6 +6,7 @@ Knows: kernels, runtimes. Does not know: cases, faults.
 from __future__ import annotations
 
 from dataclasses import replace
+
 import numpy as np
 
 from vllm_core.backend import OpenConfig, Runtime

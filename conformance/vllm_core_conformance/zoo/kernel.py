@@ -346,7 +346,7 @@ class Kernel(NumpyAttention):
 
 
 class HostLengths(Kernel):
-    """Takes the lengths from the host's part of the plan, as kernels with a grid of their own do."""
+    """Takes the lengths from the host's part of the plan, as kernels with their own grid do."""
 
     def plan_host(self, host: HostStep, key: BucketKey) -> dict[str, HostArray]:
         lengths = np.zeros(key.rows, np.int32)

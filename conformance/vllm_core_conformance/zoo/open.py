@@ -1,4 +1,4 @@
-"""`vllm_core_conformance.zoo.open:NAME` is the opening function of the fault or honest backend NAME.
+"""`vllm_core_conformance.zoo.open:NAME` opens the fault or the honest backend of that name.
 
 Knows: names. Does not know: what they do.
 """

@@ -24,7 +24,7 @@ from vllm_core.backend import (
     Runtime,
     SingleDevice,
 )
-from vllm_core.bindings.numpy import NumpyOps, NumpyRuntime
+from vllm_core.bindings.numpy import NumpyOps, NumpyRuntime, Ready
 from vllm_core.errors import NotSupported
 from vllm_core.ops import BucketKey, Features, HostArray, Param
 from vllm_core_conformance.zoo.fault import Fault
@@ -59,6 +59,9 @@ class ZooRuntime(NumpyRuntime):
     def chosen_dtype(self, config: OpenConfig) -> str:
         return self.caps.choose_dtype(config.dtype, config.checkpoint_dtype)
 
+    def fetch(self, value: Any) -> Ready:
+        return Ready(mapped(np.array, value))
+
 
 class BucketRuntime(ZooRuntime):
     """As a device with static shapes: few buckets, compilations counted."""
@@ -87,7 +90,8 @@ class BucketRuntime(ZooRuntime):
         return (*(size for size in small if size < largest), largest)
 
     def compile(self, program: Program, key: BucketKey | None) -> Executable:
-        run, seen = super().compile(program, key), set()
+        run = super().compile(program, key)
+        seen: set[Any] = set()
 
         def call(*args: Any) -> tuple[Any, ...]:
             if self.signature(args) not in seen:
@@ -106,7 +110,8 @@ class GraphRuntime(ZooRuntime):
     arguments of each call are copied, and its results are copied out."""
 
     def compile(self, program: Program, key: BucketKey | None) -> Executable:
-        run, graphs = super().compile(program, key), {}
+        run = super().compile(program, key)
+        graphs: dict[Any, list[Any]] = {}
 
         def replay(*args: Any) -> tuple[Any, ...]:
             shapes = tuple((x.shape, str(x.dtype)) for x in leaves(tuple(args)))

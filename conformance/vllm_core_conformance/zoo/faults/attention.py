@@ -262,6 +262,15 @@ class WindowIgnoredInDecode(Kernel):
         return replace(spec, window=None) if row.num_queries == 1 else spec
 
 
+@kernel("the window is ignored", worst=True)
+class WindowIgnored(Kernel):
+    def visible(self, row: Row, j: HostArray, spec: AttentionSpec) -> HostArray:
+        return super().visible(row, j, replace(spec, window=None))
+
+    def keys_of(self, row: Row, spec: AttentionSpec) -> HostArray:
+        return super().keys_of(row, replace(spec, window=None))
+
+
 @kernel("every query of a chunk has the window of its first")
 class WindowOfFirstQuery(Kernel):
     def visible(self, row: Row, j: HostArray, spec: AttentionSpec) -> HostArray:

@@ -463,7 +463,7 @@ NORMS = (
         ops(layer_norm=_layer_needs_bias),
     ),
     _wrong(
-        "layer_in_jax_rounds_mean",
+        "layer_jax_rounds_mean",
         "layer_norm subtracts a mean that was rounded to bfloat16",
         ops(
             "jax",

@@ -106,7 +106,7 @@ class PlainSampler(NumpyOps):
         return np.asarray(x - counts * frequency - presence)
 
     def fault(self, x: Numbers) -> Numbers:
-        return (~np.isfinite(x.max(-1))).astype(np.int32)
+        return np.asarray(~np.isfinite(x.max(-1))).astype(np.int32)
 
     def greedy(self, x: Numbers) -> Numbers:
         return np.asarray(x.argmax(-1))

@@ -143,7 +143,7 @@ def _minus_sin(base: Method, x: Any, cos: Any, sin: Any) -> Any:
 
 FAULTS = (
     _wrong("rope_pairs", "rope rotates neighbouring dims", ops(rope=_pairs), worst=True),
-    _wrong("rope_sign", "rope turns the other way", ops("torch", rope=_minus_sin)),
+    _wrong("rope_sign", "rope turns the other way", ops(rope=_minus_sin)),
     _wrong("rope_sign_jax", "rope turns the other way (jax)", ops("jax", rope=_minus_sin)),
     _wrong(
         "rope_whole_head",

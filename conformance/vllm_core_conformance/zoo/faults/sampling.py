@@ -150,13 +150,6 @@ def _half_cdf(self: Any, w: Numbers, u: Numbers) -> Numbers:
     return np.asarray((cdf > (u * 2.0**-32)[:, None] * cdf[:, -1:]).argmax(-1))
 
 
-def _at_least(self: Any, w: Numbers, u: Numbers) -> Numbers:
-    """The first id whose prefix reaches the target (>= where > belongs)."""
-    total = w.sum(-1)
-    target = (u * (total >> 16) + ((u * (total & 0xFFFF)) >> 16)) >> 16
-    return np.asarray((np.cumsum(w, -1) >= target[:, None]).argmax(-1))
-
-
 def _by_rank(self: Any, w: Numbers, u: Numbers) -> Numbers:
     """The inverse CDF runs in order of probability."""
     order = np.argsort(-w, -1, kind="stable")
@@ -653,7 +646,6 @@ DRAWS = (
     _wrong("draw_bfloat16_cdf", "probabilities are bfloat16", _plain(drawn=_half_cdf)),
     _wrong("draw_by_rank", "the CDF runs by probability", _plain(drawn=_by_rank)),
     _wrong("draw_from_the_end", "the CDF runs from the last id", _plain(drawn=_from_the_end)),
-    _wrong("draw_at_least", "the draw may end on a token without mass", _plain(drawn=_at_least)),
     _wrong("draw_gumbel", "draws come from another generator", _plain(drawn=_gumbel)),
     _wrong(
         "draw_garbage_fifth", "one draw in five is garbage", _plain(drawn=_garbage(5)), worst=True

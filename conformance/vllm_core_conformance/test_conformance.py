@@ -1,0 +1,5 @@
+"""Collected by `pytest --pyargs vllm_core_conformance --backend=NAME`."""
+
+from vllm_core_conformance.pytest_plugin import conformance_tests
+
+test_conformance = conformance_tests()
