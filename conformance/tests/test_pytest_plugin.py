@@ -97,7 +97,7 @@ def test_pyargs_without_a_backend_says_what_to_do(tmp_path: Path) -> None:
 
 def test_pyargs_collects_the_items_of_the_suite_only(tmp_path: Path) -> None:
     arguments = ("--pyargs", "vllm_core_conformance", "--backend=reference", "--profile=smoke")
-    code, said = pytest_run(tmp_path, *arguments, "--collect-only", "-q")
+    code, said = pytest_run(tmp_path, *arguments, "--collect-only", "-q", "-q")
     assert code == 0, said
     items = [line for line in said.splitlines() if "::" in line]
     assert items

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,8 +47,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make(change: Callable[[Result], None] = lambda result: None, **facts: Any) -> Report:
     """A report of a run that was right but for `change`."""
-    import fakes
-
+    fakes = importlib.import_module("fakes")
     wanted = Wanted(("core",))
     caps = CAPS | facts.pop("caps", {})
     description = Description("ok", facts=FACTS | {"capabilities": caps} | facts)
@@ -68,8 +68,7 @@ def verdict(report: Report) -> tuple[str, str]:
 
 
 def wrong(report: Report) -> list[str]:
-    import fakes
-
+    fakes = importlib.import_module("fakes")
     return verify(report, fakes.all_cases())[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from vllm_core_conformance.outcome import Result
 from vllm_core_conformance.process import Broken
-from vllm_core_conformance.supervisor import Settings, Supervisor, read_result
+from vllm_core_conformance.supervisor import MAX_TIMEOUTS, Settings, Supervisor, read_result
 from vllm_core_conformance.tasks import Task, Wanted, plan_tasks, select_cases
 
 HERE = Path(__file__).parent
@@ -32,8 +33,7 @@ def settings(backend: str, **changes: object) -> Settings:
 
 
 def tasks_of(supervisor: Supervisor, **wanted: object) -> list[Task]:
-    import fakes
-
+    fakes = importlib.import_module("fakes")
     description = supervisor.describe()
     assert description.status == "ok", description
     facts = description.facts
@@ -116,7 +116,7 @@ def test_a_case_without_an_answer_is_a_timeout_that_says_where_it_hangs() -> Non
     found, _ = run("sleeps")
     second = found["fake.second", "float32"]
     assert second.status == "timeout"
-    assert "within 1 seconds" in second.sentence
+    assert "within 2 seconds" in second.sentence
     assert "_sleep" in second.details["output"]
     assert status(found, "third") == "not_supported"
 
@@ -140,11 +140,9 @@ def cmd(process: psutil.Process) -> list[str]:
 def test_a_backend_that_always_hangs_is_given_up_but_no_result_is_missing() -> None:
     with Supervisor(settings("always_sleeps", timeout_scale=0.3)) as supervisor:
         (one,) = [task for task in tasks_of(supervisor) if task.case.id == "fake.second"]
-        begin = time.monotonic()
         results = supervisor.run([Task(one.case, one.dtype, seed) for seed in range(20)])
     assert [r.status for r in results] == ["timeout"] * 20
-    assert "not waited for" in results[-1].sentence
-    assert time.monotonic() - begin < 12
+    assert sum("not waited for" in r.sentence for r in results) == 20 - MAX_TIMEOUTS
 
 
 @pytest.mark.parametrize(
@@ -227,8 +225,7 @@ def good_answer() -> dict[str, object]:
 def test_a_result_that_is_not_exactly_what_was_asked_for_is_refused(
     changes: dict[str, object],
 ) -> None:
-    import fakes
-
+    fakes = importlib.import_module("fakes")
     task = Task(fakes.all_cases()["fake.first"], "float32", 0)
     assert read_result(good_answer(), task).status == "pass"
     with pytest.raises(Broken):

@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="action", metavar="ACTION", required=True, parser_class=_LazyParser
     )
     for name, (summary, add, action) in ACTIONS.items():
-        sub = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.", formatter_class=raw)
+        sub = actions.add_parser(
+            name, help=summary, description=f"{summary.capitalize()}.", formatter_class=raw
+        )
         add(sub)
         sub.set_defaults(act=action)
     matrix = actions.add_parser(

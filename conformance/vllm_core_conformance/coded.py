@@ -152,12 +152,20 @@ def _targets(layout: Layout, rng: Random, row: int, ids: Numbers) -> Numbers:
 def _vectors(
     rng: Random, count: int, dim: int, used: Numbers, scale: float
 ) -> tuple[Numbers, float]:
-    """[count, dim] of signs, and how long a query must be for the margin."""
+    """[count, dim] of signs, and how long a query must be for the margin.
+
+    Each key is much like the one before: where a token is missing, its neighbour answers, and the
+    mistake shows. An even one is more like its predecessor than like its successor, so that one
+    neighbour answers and not the mean of two; blocks begin at even positions.
+    """
     for _ in range(20):
-        vectors = rng.choice((-1.0, 1.0), (count, dim)).astype(np.float32)
+        few = np.where(np.arange(count) % 2 == 0, max(1, dim // 7), dim // 4)[:, None]
+        turned = rng.random((count, dim)).argsort(1) < few
+        turned[0] = rng.integers(0, 2, dim)
+        vectors = np.cumprod(np.where(turned, -1.0, 1.0), 0).astype(np.float32)
         overlap = vectors[used] @ vectors.T
         overlap[np.arange(len(used)), used] = -dim
-        length = float(np.ceil(MARGIN / (scale * (dim - overlap.max(initial=-dim)))))
+        length = float(np.ceil(MARGIN / (scale * max(1.0, dim - overlap.max(initial=-dim)))))
         if length <= 128:
             return vectors.astype(np.float64), length
     raise AssertionError(f"{count} keys of {dim} signs are too much alike")

@@ -94,7 +94,10 @@ def lay_out(
             tables[i, : first // size] = rng.integers(0, shape.num_blocks, first // size)
     for i in range(n):
         first = 0 if shape.window is None else max(0, int(cached[i]) - shape.window + 1)
-        for begin, end, what in ((first, cached[i], CACHED), (cached[i], cached[i] + query[i], NEW)):
+        for begin, end, what in (
+            (first, cached[i], CACHED),
+            (cached[i], cached[i] + query[i], NEW),
+        ):
             j = np.arange(begin, end)
             use[tables[i][j // size], j % size] = what
     state_rows = rng.permutation(shape.rows_for_life)[:n].astype(np.int64)
@@ -177,7 +180,11 @@ def fill(
         layout.cached,
         layout.query,
         layout.tables,
-        *(rounded(x) for x in (keys, values, q, k, v)),
+        rounded(keys),
+        rounded(values),
+        rounded(q),
+        rounded(k),
+        rounded(v),
         sinks=sinks,
     )
 

@@ -19,7 +19,7 @@ from vllm_core_conformance.tasks import BadRequest, Task, Wanted
 SCRIPT = '''\
 """{case} on {backend}, {dtype}, seed {seed}: {status}.
 
-A backend that is right {says}
+Demanded: {says}
 Made by vllm-core-conformance {version}; needs it and the backend. Runs in one process: a debugger
 and prints work. Exit code 0 when the backend is right.
 """

@@ -1,8 +1,8 @@
 """Attention through the whole seam: a scene on the host, played as one step on the device.
 
 A `Scene` says what lies in every slot of the cache, who owns which block, and what the step's
-queries, keys and values are. `Stage` plays it: tables by `apply` and by the step's own changes, then
-one program `expand -> plan -> attend`, then the cache is exported again.
+queries, keys and values are. `Stage` plays it: tables by `apply` and by the step's own changes,
+then one program `expand -> plan -> attend`, then the cache is exported again.
 
 Knows: the seam, packing of steps. Does not know: what is right (oracle), which scenes hurt (cases).
 """
@@ -25,8 +25,8 @@ from vllm_core.backend import (
     StepLayout,
 )
 from vllm_core.backend.step import scrap_params
-from vllm_core.errors import NotSupported
 from vllm_core.ops import BucketKey, Changes, DeviceState
+from vllm_core_conformance.case import Failed
 from vllm_core_conformance.target import Target, calling, numpy_dtype, wide
 
 Numbers = NDArray[Any]
@@ -255,7 +255,7 @@ class Stage:
             policy = self.target.runtime.buckets(shape.tokens, shape.rows, shape.width)
         found = policy.cover(largest)
         if found is None:
-            raise NotSupported(f"no bucket covers the largest step that was announced: {largest}")
+            raise Failed(f"no bucket covers the largest step that was announced: {largest}")
         return found
 
     def play(self, scene: Scene) -> Seen:
@@ -372,9 +372,7 @@ class Stage:
             parts = Changes(tuple(tables[g] for g in range(groups)), history)
             return (runtime.ops.apply(runtime.block_tables, state, parts),)
 
-        run = target.compile(
-            ("apply", self.shape), fn, name="apply", consumes=(0,), num_results=0
-        )
+        run = target.compile(("apply", self.shape), fn, name="apply", consumes=(0,), num_results=0)
         for at in range(0, max(len(c) for c in changes), APPLY_ROWS):
             tables = np.zeros((groups, APPLY_ROWS, 3), np.int32)
             tables[:, :, 0] = self.shape.rows_for_life

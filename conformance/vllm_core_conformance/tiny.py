@@ -443,8 +443,8 @@ def serve(
             num_rows=rows,
             max_tokens=blueprint.max_len + AHEAD,
             token_budget=budget,
-            num_history_slots=rows - 1,
-            num_bias_slots=rows - 2,
+            num_history_slots=2,  # few, so that all are taken at times
+            num_bias_slots=2,
             num_blocks={
                 pool: 1 + sequences * columns * sum(g.pool == pool for g in groups)
                 for pool in sorted({g.pool for g in groups})

@@ -74,7 +74,7 @@ class Worker:
     def __init__(self, backend: str, cases: str) -> None:
         self._backend = backend
         self._cases_module = cases
-        self._cases: dict[str, Case] | None = None
+        self._cases: dict[str, Case] = {}
         self._source: Source | None = None
         self._targets: dict[str, Target] = {}
 
@@ -102,6 +102,8 @@ class Worker:
 
         if self._source is None:
             self._source = resolve(self._backend)
+            # with the opening, so that importing costs no case its time
+            self._cases = dict(importlib.import_module(self._cases_module).all_cases())
         found = self._targets.get(dtype)
         if found is None:
             found = Target(self._source, dtype)
@@ -137,9 +139,6 @@ class Worker:
     def _run(self, request: dict[str, Any]) -> dict[str, Any]:
         from vllm_core_conformance.outcome import execute
 
-        if self._cases is None:
-            module = importlib.import_module(self._cases_module)
-            self._cases = dict(module.all_cases())
         target = self._targets[request["dtype"]]
         result = execute(self._cases[request["case"]], target, request["seed"])
         return {"kind": "result", "result": asdict(result)}

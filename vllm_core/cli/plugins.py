@@ -46,24 +46,33 @@ def find_commands(taken: Collection[str]) -> dict[str, EntryPoint]:
 def load_command(entry: EntryPoint) -> Command:
     """BackendError in one line when it is broken."""
     try:
-        module = entry.load()
-        if not isinstance(module.SUMMARY, str):
-            raise TypeError(f"SUMMARY is {type(module.SUMMARY).__name__}, not text")
-        module.add_arguments(argparse.ArgumentParser(add_help=False))  # it may be broken too
-        return Command(module.SUMMARY, module.add_arguments, module.run, module.__doc__)
+        found = _summarised(entry)
+        found.add_arguments(argparse.ArgumentParser(add_help=False))  # it may be broken too
+        return found
     except (Exception, SystemExit) as error:
         origin = getattr(entry.dist, "name", None) or entry.value
-        first = (str(error).strip().splitlines() or [""])[0]
         raise BackendError(
-            f"the command {entry.name!r} of {origin} cannot be loaded: "
-            f"{type(error).__name__}: {first}; reinstall {origin}, or remove it"
+            f"the command {entry.name!r} of {origin} cannot be loaded: {_one_line(error)}; "
+            f"reinstall {origin}, or remove it"
         ) from error
 
 
 def load_for_help(entry: EntryPoint) -> Command:
-    """The command, or a line that says why it is broken."""
+    """Its summary, without its arguments; or a line that says why it is broken."""
     try:
-        return load_command(entry)
-    except BackendError as error:
-        said = f"broken: {error}".replace("%", "%%")
-        return Command(said, lambda parser: None, lambda args: 1)
+        summary = _summarised(entry).SUMMARY
+    except (Exception, SystemExit) as error:
+        summary = f"broken: {_one_line(error)}".replace("%", "%%")
+    return Command(summary, lambda parser: None, lambda args: 1)
+
+
+def _summarised(entry: EntryPoint) -> Command:
+    module = entry.load()
+    if not isinstance(module.SUMMARY, str):
+        raise TypeError(f"SUMMARY is {type(module.SUMMARY).__name__}, not text")
+    return Command(module.SUMMARY, module.add_arguments, module.run, module.__doc__)
+
+
+def _one_line(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"

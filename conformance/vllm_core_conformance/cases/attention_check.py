@@ -134,10 +134,11 @@ def _cache_sentence(scene: Scene, name: str, got: Numbers, want: Numbers) -> str
     if not bad.any():
         return ""  # only a sign of zero
     new = new_slots(scene)
-    own = [tuple(map(int, p)) for p in np.argwhere(bad) if tuple(map(int, p)) in new]
+    places = [(int(a), int(b), int(c)) for a, b, c in np.argwhere(bad)]
+    own = [place for place in places if place in new]
     if own:
         return _unwritten(scene, name, got, new, own)
-    block, layer, slot = (int(x) for x in np.argwhere(bad)[0])
+    block, layer, slot = places[0]
     held = _token_that_equals(scene, name, got[block, layer, slot])
     layers = f"layer {layer} (the step is of layer {scene.shape.layer})"
     return (
@@ -168,7 +169,11 @@ def _unwritten(
 
 
 def _token_that_equals(scene: Scene, name: str, now: Numbers) -> str:
-    for other, step in ((name, scene.k if name == "K" else scene.v), ("K", scene.k), ("V", scene.v)):
+    for other, step in (
+        (name, scene.k if name == "K" else scene.v),
+        ("K", scene.k),
+        ("V", scene.v),
+    ):
         if step.shape[1:] != now.shape:
             continue
         for token in range(scene.num_tokens):
@@ -227,5 +232,3 @@ def name_slot(scene: Scene, block: int, slot: int) -> str:
         past = position - int(scene.seq_lens[row]) + 1
         return f"{past} past the end of sequence {row}"
     return f"token {position} of sequence {row}"
-
-

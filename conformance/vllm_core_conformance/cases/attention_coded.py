@@ -49,9 +49,7 @@ def _mixed(case: str, name: str) -> Case:
     def run(target: Target, seed: int) -> Evidence:
         rng, evidence = random(seed, case), Evidence()
         for exact in (False, True):  # the second one meets what the first one left behind
-            evidence += play_coded(
-                target, name, rng, mixture(target, name, rng), exact=exact
-            )
+            evidence += play_coded(target, name, rng, mixture(target, name, rng), exact=exact)
         return evidence
 
     return Case(
@@ -67,9 +65,7 @@ def _mixed(case: str, name: str) -> Case:
 def _decode(target: Target, seed: int) -> Evidence:
     rng, evidence = random(seed, "attention.coded.decode"), Evidence()
     for exact in (True, False):
-        evidence += play_coded(
-            target, "decode", rng, decoding(target, "decode", rng), exact=exact
-        )
+        evidence += play_coded(target, "decode", rng, decoding(target, "decode", rng), exact=exact)
     return evidence
 
 

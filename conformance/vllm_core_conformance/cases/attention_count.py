@@ -1,7 +1,7 @@
 """Cases: every visible token weighs the same, and V says which were counted (R4).
 
-Queries are 0. On even KV heads V marks the token's position modulo the head's width, on odd ones its
-column in the table; so a dropped, extra or doubled token, or block, shows in the counts.
+Queries are 0. On even KV heads V marks the token's position modulo the head's width, on odd ones
+its column in the table; so a dropped, extra or doubled token, or block, shows in the counts.
 
 Knows: counts. Does not know: numbers that are nearly right.
 """
@@ -89,7 +89,9 @@ def _sentence(scene: Scene, seen: Seen) -> str:
                 continue
             mark = int(np.argmax(found != want))
             if kv_head % 2:
-                what = f"column {mark} of its table (tokens {mark * size}..{mark * size + size - 1})"
+                what = (
+                    f"column {mark} of its table (tokens {mark * size}..{mark * size + size - 1})"
+                )
             else:
                 what = f"the tokens whose position is {mark} modulo {len(want)}"
             return (

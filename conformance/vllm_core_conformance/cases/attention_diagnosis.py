@@ -55,8 +55,10 @@ def _story(
     target = int(coded.targets[token, head])
     expected = _expected(coded, row, target)
     if not np.isfinite(got).all():
-        return 3, f"{who} returned {got[~np.isfinite(got)][0]}; expected {expected}", (
-            "something that no query may see holds NaN, or an exponent overflowed"
+        return (
+            3,
+            f"{who} returned {got[~np.isfinite(got)][0]}; expected {expected}",
+            ("something that no query may see holds NaN, or an exponent overflowed"),
         )
     if (np.abs(got) <= TOLERANCE).all():
         return 4, f"{who} returned 0; expected {expected}", "the output was not written"
@@ -66,10 +68,16 @@ def _story(
         if found is not None and (np.abs(np.abs(rest) - 1) <= weight * TOLERANCE).all():
             cause, tells = _cause(coded, row, position, target, kv_head, head, found, weight == 2)
             rank = rank if tells else 2
-            return rank, f"{who} returned {what}{_name(coded, row, found)}; expected {expected}", cause
+            return (
+                rank,
+                f"{who} returned {what}{_name(coded, row, found)}; expected {expected}",
+                cause,
+            )
     same = float((np.sign(got) == coded.answers[token, head]).mean())
-    return 5, f"{who} returned a mix of several tokens; expected {expected}", (
-        f"{same:.0%} of its signs are the expected ones"
+    return (
+        5,
+        f"{who} returned a mix of several tokens; expected {expected}",
+        (f"{same:.0%} of its signs are the expected ones"),
     )
 
 
@@ -164,7 +172,10 @@ def _within(
         return f"the first token of the window of {shape.window} is not seen", True
     if step % size == 0:
         many = abs(step) // size
-        return f"{many} block{'s' * (many > 1)} {'before' if step < 0 else 'behind'} the right one", True
+        return (
+            f"{many} block{'s' * (many > 1)} {'before' if step < 0 else 'behind'} the right one",
+            True,
+        )
     if is_mean:
         return "two tokens weigh the same, of which one has another key", True
     if got // size == target // size:

@@ -1,4 +1,4 @@
-"""Cases: outputs against float64, in units of their own noise, for every shape and regime of numbers.
+"""Cases: outputs against float64, in units of their own noise, by shape and regime of numbers.
 
 Knows: which shape meets which lengths and numbers. Does not know: how they are judged.
 """
@@ -78,7 +78,9 @@ CASES: tuple[Case, ...] = (
     _numbers("huge", "mixed", "scores of 300 that differ by 2", regime="huge", more=SMOKE),
     _numbers("huge_sinks", "window_sinks", "sinks beside scores of 300", regime="huge"),
     _numbers("tiny", "mixed", "queries, keys and values near the end of the range", regime="tiny"),
-    _numbers("outlier", "mixed", "one channel of K and one of V 1000 times larger", regime="outlier"),
+    _numbers(
+        "outlier", "mixed", "one channel of K and one of V 1000 times larger", regime="outlier"
+    ),
     _numbers("long", "long", "contexts of 5,000", _thousands),
     _numbers("very_long", "very_long", "a context of 33,000", _many_thousands),
 )

@@ -74,8 +74,10 @@ def _require_same(
     if found is None:
         return Evidence(checks=checks)
     token, head, before, after = found
-    is_plain = np.isfinite(before) and np.isfinite(after) and abs(after - before) < 0.05 * (
-        1 + abs(before)
+    is_plain = (
+        np.isfinite(before)
+        and np.isfinite(after)
+        and abs(after - before) < 0.05 * (1 + abs(before))
     )
     if is_plain and (not repeats or _difference(_see(target, scene), seen, scene) is not None):
         # the same step twice does not give the same bits: then small differences prove nothing
@@ -90,7 +92,9 @@ def _require_same(
 
 def _guess(scene: Scene) -> str:
     where = "slots past the end, a stale cell of the table, other layers, padding tokens"
-    return "one of: blocks behind the window, " + where if scene.shape.window else "one of: " + where
+    return (
+        "one of: blocks behind the window, " + where if scene.shape.window else "one of: " + where
+    )
 
 
 def _difference(a: Seen, b: Seen, scene: Scene) -> tuple[int, int, float, float] | None:

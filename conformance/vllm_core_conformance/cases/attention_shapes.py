@@ -204,7 +204,11 @@ class _Room:
         if cached < 0 or query < 1 or cached + query > self.longest or not fits:
             return False
         self.taken.append((cached, query))
-        self.tokens, self.rows, self.blocks = self.tokens - query, self.rows - 1, self.blocks - blocks
+        self.tokens, self.rows, self.blocks = (
+            self.tokens - query,
+            self.rows - 1,
+            self.blocks - blocks,
+        )
         return True
 
 

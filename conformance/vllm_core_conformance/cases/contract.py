@@ -40,7 +40,8 @@ from vllm_core.params import MAX_LOGPROBS
 from vllm_core_conformance.case import Case, Evidence, Failed, require
 from vllm_core_conformance.cases.contract_listing import listing
 from vllm_core_conformance.cases.contract_signatures import signatures
-from vllm_core_conformance.cases.programs_echo import ROWS, SMALL, Session, Weights
+from vllm_core_conformance.cases.programs_echo import ROWS, SMALL, Weights
+from vllm_core_conformance.cases.programs_session import Session
 from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.target import Raised, Target, calling, wide
 
@@ -419,7 +420,7 @@ def vocabulary(target: Target, rng: np.random.Generator) -> Evidence:
     arrays = [target.array(a, "float32") if a.dtype.kind == "f" else target.array(a)
               for a in (ties, halves, edges, asked, odd)]  # fmt: skip
     found = target.call("vocabulary", fn, *arrays)
-    exact = (
+    exact: tuple[Numbers, ...] = (
         np.array([1, 0]),
         np.array([0.0, 2.0, 2.0, 0.0, -2.0, 2.0, 8.0]),
         np.array([int((edges <= a).sum()) for a in asked]),
@@ -480,6 +481,8 @@ CASES: tuple[Case, ...] = (
     _case("buckets", "each announced step finds a bucket that covers it", buckets, "smoke"),
     _case("attention_facts", "block sizes, bytes and fingerprints answer", attention_facts),
     _case("collectives", "collectives of one device are the identity", collectives, "core"),
-    _case("vocabulary", "the array vocabulary is there and agrees at the edges", vocabulary, "core"),
+    _case(
+        "vocabulary", "the array vocabulary is there and agrees at the edges", vocabulary, "core"
+    ),
     _case("two_runtimes", "two runtimes do not disturb each other", two_runtimes, "core"),
 )

@@ -55,9 +55,7 @@ def listing(target: Target, rng: np.random.Generator) -> Evidence:
         return evidence
     for hide in (False, True):
         where = "without any framework" if hide else "with its framework"
-        found = _ask(
-            [info.name, target.source.distribution, FRAMEWORKS, hide], info.probe, where
-        )
+        found = _ask([info.name, target.source.distribution, FRAMEWORKS, hide], info.probe, where)
         require(
             not found["listed"],
             f"listing the backend imports {', '.join(found['listed'])}: the plug-in's module must "

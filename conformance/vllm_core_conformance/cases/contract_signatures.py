@@ -45,7 +45,9 @@ def signatures(target: Target, rng: np.random.Generator) -> Evidence:
                 continue  # compiled code does not tell
             wrong = _difference(list(ours.parameters.values())[1:], signature)
             if wrong:
-                raise Failed(f"{name}.{method}{signature} cannot be called as the seam does: {wrong}")
+                raise Failed(
+                    f"{name}.{method}{signature} cannot be called as the seam does: {wrong}"
+                )
             renamed = _renamed(list(ours.parameters.values())[1:], signature)
             if renamed:
                 evidence.notes.append(f"{name}.{method}: {renamed}")

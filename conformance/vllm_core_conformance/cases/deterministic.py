@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -272,7 +273,7 @@ def attention_in_any_batch(target: Target, rng: np.random.Generator) -> Evidence
     whole = stage.play(scene)
     assert whole.lse is not None
     cuts = [0, *sorted(rng.permutation(np.arange(1, 30))[:2].tolist()), 30]
-    chunks = list(zip(cuts, cuts[1:], strict=False))
+    chunks = list(pairwise(cuts))
     plays = [("alone", 0, 0, 1), ("alone", 1, 0, 1), ("alone", 2, 0, 30)]
     plays += [(f"tokens {a}..{b - 1} as a chunk", 2, a, b) for a, b in chunks]
     for exact in (False, True):

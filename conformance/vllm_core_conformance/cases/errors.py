@@ -19,7 +19,7 @@ from vllm_core.errors import InvalidArgument, NotSupported, VllmCoreError
 from vllm_core.ops import ParamSpec, Part
 from vllm_core_conformance import score
 from vllm_core_conformance.case import Case, Evidence, Failed, require
-from vllm_core_conformance.cases.programs_echo import healthy
+from vllm_core_conformance.cases.programs_session import healthy
 from vllm_core_conformance.oracle import attention as oracle
 from vllm_core_conformance.steps import Scene, Shape, play
 from vllm_core_conformance.target import Raised, Target, calling, wide
@@ -227,9 +227,7 @@ CASES: tuple[Case, ...] = (
         "core",
         needs=("sinks", "return_lse"),
     ),
-    _case(
-        "unknown_scheme", "weights in a scheme that is not declared are refused", unknown_scheme
-    ),
+    _case("unknown_scheme", "weights in a scheme that is not declared are refused", unknown_scheme),
     _case("reserved", "what is reserved refuses with NotSupported", reserved),
     _case("odd_heads", "heads beyond the mandatory are right or refused", odd_heads, "core"),
 )

@@ -1,7 +1,408 @@
-"""Cases: kv."""
+"""Cases: the KV cache as data: written, exported, imported, copied, and nothing else touched.
+
+Bit for bit: no case here asks what attention computes.
+
+Knows: blocks, layers, groups, pools. Does not know: layouts.
+"""
 
 from __future__ import annotations
 
-from vllm_core_conformance.case import Case
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-CASES: tuple[Case, ...] = ()
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_core.backend import HostStep, KVGroup
+from vllm_core.ops import BucketKey
+from vllm_core_conformance.case import Case, Evidence, require
+from vllm_core_conformance.cases.attention_check import verify_cache
+from vllm_core_conformance.cases.attention_shapes import batches, mixture, shape_of
+from vllm_core_conformance.inputs import REGIMES, Random, fill, lay_out, random
+from vllm_core_conformance.oracle.attention import cache_after
+from vllm_core_conformance.score import require_equal
+from vllm_core_conformance.steps import Scene, Shape, Stage
+from vllm_core_conformance.target import Target, calling, numpy_dtype, wide
+
+Numbers = NDArray[Any]
+Blocks = dict[str, Numbers]
+
+AXES = ("layer", "block", "token", "head", "dim")
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
+
+
+class Cache:
+    """A cache on the device beside what must be in it: [layers, num_blocks, BT, Hkv, D] by
+    group."""
+
+    def __init__(self, target: Target, groups: Sequence[KVGroup], num_blocks: int) -> None:
+        self.target, self.groups, self.num_blocks = target, tuple(groups), num_blocks
+        self.dtype = numpy_dtype(target.dtype)
+        self.attention = target.runtime.attention
+        with calling("alloc"):
+            self.kv = self.attention.alloc(self.groups, {g.pool: num_blocks for g in groups})
+        self.content: list[Blocks] = [
+            {name: self._zeros(group) for name in "kv"} for group in self.groups
+        ]
+        self.known = [np.zeros(num_blocks, bool) for _ in self.groups]
+
+    def _zeros(self, group: KVGroup) -> Numbers:
+        spec = group.spec
+        lead = (group.layers, self.num_blocks, group.block_tokens, spec.num_kv_heads)
+        return np.zeros((*lead, spec.dim_qk), self.dtype)
+
+    def draw(self, rng: Random, group: KVGroup, count: int) -> Blocks:
+        """Numbers of every size, signed zeros and the largest among them."""
+        shape = (group.layers, count, *self._zeros(group).shape[2:])
+        found = {}
+        for name in "kv":
+            x = rng.normal(size=shape) * 2.0 ** rng.integers(-6, 7, shape)
+            x[rng.random(shape) < 0.02] = -0.0
+            top = LARGEST.get(self.target.dtype, 3.4e38)
+            x[rng.random(shape) < 0.02] = top
+            with np.errstate(all="ignore"):
+                found[name] = x.astype(self.dtype)
+        return found
+
+    def put(self, index: int, ids: Sequence[int], blocks: Blocks) -> None:
+        with calling("import_blocks"):
+            self.kv = self.attention.import_blocks(self.kv, self.groups[index], ids, blocks)
+        for name in "kv":
+            self.content[index][name][:, list(ids)] = blocks[name]
+        self.known[index][list(ids)] = True
+        self._forget(index, ids)
+
+    def copy(self, index: int, src: Sequence[int], dst: Sequence[int]) -> None:
+        arrays = [self.target.array(np.array(x, np.int32)) for x in (src, dst)]
+        with calling("copy_blocks"):
+            self.kv = self.attention.copy_blocks(self.kv, self.groups[index], *arrays)
+        real = [(a, b) for a, b in zip(src, dst) if b]
+        old = {name: x.copy() for name, x in self.content[index].items()}
+        for a, b in real:
+            for name in "kv":
+                self.content[index][name][:, b] = old[name][:, a]
+        self._forget(index, [b for _, b in real])
+
+    def _forget(self, index: int, ids: Sequence[int]) -> None:
+        """Other groups of the pool hold something else in these blocks now."""
+        for other, group in enumerate(self.groups):
+            if other != index and group.pool == self.groups[index].pool:
+                self.known[other][list(ids)] = False
+
+    def require(self, index: int, ids: Sequence[int], what: str) -> Evidence:
+        """Exported blocks are what they must be, in the order of the ids."""
+        group, evidence = self.groups[index], Evidence()
+        with calling("export_blocks"):
+            found = self.attention.export_blocks(self.kv, group, list(ids))
+        require(set(found) == {"k", "v"}, f"export_blocks gave {sorted(found)}, not k and v")
+        for name in "kv":
+            got = np.asarray(found[name])
+            require(
+                got.dtype == self.dtype,
+                f"export_blocks gave {name} as {got.dtype}, the cache is of {self.dtype}",
+            )
+            want = self.content[index][name][:, list(ids)]
+            if got.shape == want.shape and got.tobytes() == want.tobytes():
+                evidence.checks += got.size
+                continue
+            label = f"{what}: {name} of group {group.id}, blocks {list(ids)[:6]}"
+            evidence += require_equal(wide(got), wide(want), label, axes=AXES)
+        return evidence
+
+    def require_all(self, what: str) -> Evidence:
+        evidence = Evidence()
+        for index in range(len(self.groups)):
+            ids = [int(i) for i in np.flatnonzero(self.known[index])]
+            if ids:
+                evidence += self.require(index, ids, what)
+        return evidence
+
+
+def _caches(target: Target, num_blocks: int = 15) -> list[tuple[str, Cache]]:
+    """One group; two groups with a pool each; two groups in one pool; the smallest blocks."""
+    found = []
+    for name in ("heads_7", "mixed", "largest_block", "smallest_block"):
+        groups = shape_of(target, name).groups(target.dtype)
+        found.append((name, Cache(target, groups, num_blocks)))
+    return found
+
+
+def _round_trip(target: Target, seed: int) -> Evidence:
+    rng, evidence = random(seed, "kv.round_trip"), Evidence()
+    for _, cache in _caches(target):
+        ids = [int(i) for i in rng.permutation(np.arange(1, cache.num_blocks))]
+        for index, group in enumerate(cache.groups):
+            part = ids[index :: len(cache.groups)]  # groups of one pool share its ids
+            cache.put(index, part, cache.draw(rng, group, len(part)))
+            evidence += cache.require(index, part, "what was imported is exported")
+            evidence += cache.require(index, part[::-1], "in another order")
+            evidence += cache.require(index, part[3:4], "one block alone")
+        evidence += cache.require_all("after imports into every group")
+    return evidence
+
+
+def _import_few(target: Target, seed: int) -> Evidence:
+    rng, evidence = random(seed, "kv.import_few"), Evidence()
+    for _, cache in _caches(target):
+        ids = [int(i) for i in rng.permutation(np.arange(1, cache.num_blocks))]
+        for index, group in enumerate(cache.groups):
+            part = ids[index :: len(cache.groups)]
+            cache.put(index, part, cache.draw(rng, group, len(part)))
+        for index, group in enumerate(cache.groups):
+            few = [int(i) for i in rng.choice(ids[index :: len(cache.groups)], 3, replace=False)]
+            for some in (
+                few,
+                [cache.num_blocks - 1] if index == len(cache.groups) - 1 else few[:1],
+            ):
+                cache.put(index, some, cache.draw(rng, group, len(some)))
+                evidence += cache.require_all(f"import into blocks {some} only")
+    return evidence
+
+
+def _copy(target: Target, seed: int) -> Evidence:
+    rng, evidence = random(seed, "kv.copy"), Evidence()
+    for _, cache in _caches(target):
+        ids = [int(i) for i in rng.permutation(np.arange(1, cache.num_blocks))]
+        count = len(cache.groups)
+        for index, group in enumerate(cache.groups):
+            part = ids[index::count]
+            cache.put(index, part, cache.draw(rng, group, len(part)))
+        for index in range(count):
+            part = ids[index::count]
+            src, dst = part[: len(part) // 2], part[len(part) // 2 :]
+            pairs = list(zip([*src[:2], src[0]], dst))  # one source twice
+            pairs += [(0, 0)] * (8 - len(pairs))
+            for some in (pairs, [*pairs[1:2], (0, 0)] + [(0, 0)] * 6):
+                cache.copy(index, [a for a, _ in some], [b for _, b in some])
+                real = [f"{a} to {b}" for a, b in some if b]
+                evidence += cache.require_all(f"copy of blocks {', '.join(real)}")
+    return evidence
+
+
+def _fresh(target: Target, seed: int) -> Evidence:
+    """Two caches of one runtime are two."""
+    rng, evidence = random(seed, "kv.two_caches"), Evidence()
+    groups = shape_of(target, "mixed").groups(target.dtype)
+    first, second = Cache(target, groups, 9), Cache(target, groups, 9)
+    for cache in (first, second):
+        for index, group in enumerate(groups):
+            cache.put(index, [1, 8, 4], cache.draw(rng, group, 3))
+    evidence += first.require_all("after imports into another cache of the same runtime")
+    evidence += second.require_all("after imports into another cache of the same runtime")
+    moved = Cache(target, groups, 30)
+    for index, group in enumerate(groups):
+        with calling("export_blocks"):
+            found = target.runtime.attention.export_blocks(first.kv, group, [1, 8, 4])
+        moved.put(index, [29, 2, 17], {name: np.asarray(found[name]) for name in "kv"})
+        for name in "kv":
+            moved.content[index][name][:, [29, 2, 17]] = first.content[index][name][:, [1, 8, 4]]
+    evidence += moved.require_all("blocks moved into a larger cache under other ids")
+    return evidence
+
+
+# ---------------------------------------------------------------- written by steps
+WRITTEN = ("mixed", "mqa", "heads_7", "largest_block", "smallest_block", "window", "narrow")
+
+
+def _written(target: Target, seed: int) -> Evidence:
+    rng, evidence = random(seed, "kv.written"), Evidence()
+    for place, name in enumerate(WRITTEN):
+        shape = shape_of(target, name)
+        if shape.window is not None and not target.caps.windows:
+            continue
+        for step in batches(target, mixture(target, name, rng)):
+            layout = lay_out(shape, rng, step)
+            scene = fill(layout, rng, REGIMES["normal"], target.round, target.dtype)
+            for x in (scene.k, scene.v):  # what arithmetic would not keep
+                x[rng.random(x.shape) < 0.05] = -0.0
+                x[rng.random(x.shape) < 0.02] = 2.0**-14
+                x[rng.random(x.shape) < 0.02] = -LARGEST["float16"]
+                x[:] = target.round(x)
+            scene.padding = (np.nan, 7.0)[place % 2]
+            scene.exact_shapes = place % 3 == 2
+            stage = Stage(target, shape)
+            stage.write_cache(scene)
+            evidence += _verify(scene, stage)
+    return evidence
+
+
+def _verify(scene: Scene, stage: Stage) -> Evidence:
+    seen = stage.play(scene)
+    keys, values = cache_after(scene)
+    keys[0] = values[0] = 0.0
+    return verify_cache(scene, seen, keys, values)
+
+
+def _chunks(target: Target, seed: int) -> Evidence:
+    """One prompt in chunks and then token by token, beside another row: the same cache."""
+    rng, evidence = random(seed, "kv.chunks"), Evidence()
+    shape = shape_of(target, "mixed")
+    with calling("constraints"):
+        multiple = target.runtime.constraints().chunk_multiple
+    size, odd = shape.block_tokens, 1 + int(rng.integers(shape.block_tokens))
+    chunks = [size, odd, 2, 1, 1, 1] if multiple == 1 else [multiple, multiple, 1, 1, 1]
+    total = sum(chunks)
+    whole = lay_out(shape, rng, [(0, total)])
+    scene = fill(whole, rng, REGIMES["normal"], target.round, target.dtype)
+    stage = Stage(target, shape)
+    stage.write_cache(scene)
+    keys, values = cache_after(scene)
+    keys[0] = values[0] = 0.0
+    done = 0
+    for count in chunks:
+        here = slice(done, done + count)
+        part = replace(
+            scene,
+            cached=np.array([done]),
+            query=np.array([count]),
+            q=scene.q[here],
+            k=scene.k[here],
+            v=scene.v[here],
+            padding=np.nan,
+        )
+        seen = stage.play(part)
+        done += count
+    evidence += verify_cache(scene, seen, keys, values)
+    return evidence
+
+
+# ---------------------------------------------------------------- facts
+def _facts(target: Target, seed: int) -> Evidence:
+    """Block sizes, bytes, fingerprints, host plans."""
+    attention, evidence = target.runtime.attention, Evidence()
+    shape = shape_of(target, "decode")
+    (group,) = shape.groups(target.dtype)
+    with calling("block_tokens"):
+        sizes = attention.block_tokens(group.spec)
+    require(
+        len(sizes) > 0 and all(int(x) == x and x > 0 for x in sizes),
+        f"block_tokens gave {sizes!r}, not block sizes",
+    )
+    kinds = [replace(group, block_tokens=size) for size in sizes[:4]]
+    kinds += [replace(group, layers=layers) for layers in (1, 5)]
+    for kind in kinds:
+        canonical = _canonical_bytes(target, kind)
+        with calling("block_bytes"):
+            found = attention.block_bytes(kind)
+        require(
+            canonical <= found,
+            f"block_bytes of {kind.layers} layers of blocks of {kind.block_tokens} tokens is "
+            f"{found}, but their K and V alone have {canonical} bytes",
+        )
+        evidence.checks += 1
+    with calling("block_bytes"):
+        found = attention.block_bytes(group)
+    canonical = _canonical_bytes(target, group)
+    require(
+        found <= 16 * canonical,
+        f"block_bytes is {found}, {found / canonical:.0f} times what K and V have; pools are "
+        "sized with it",
+    )
+    evidence += _fingerprints(target, group)
+    evidence += _host_plans(target, shape)
+    return evidence
+
+
+def _canonical_bytes(target: Target, group: KVGroup) -> int:
+    spec = group.spec
+    numbers = group.layers * group.block_tokens * spec.num_kv_heads * (spec.dim_qk + spec.dim_v)
+    return numbers * numpy_dtype(target.dtype).itemsize
+
+
+def _fingerprints(target: Target, group: KVGroup) -> Evidence:
+    with calling("layout_fingerprint"):
+        own = target.runtime.attention.layout_fingerprint(group)
+        again = target.runtime.attention.layout_fingerprint(replace(group))
+        sizes = target.runtime.attention.block_tokens(group.spec)
+        others = {
+            f"blocks of {size} tokens": target.runtime.attention.layout_fingerprint(
+                replace(group, block_tokens=size)
+            )
+            for size in sizes
+            if size != group.block_tokens
+        }
+        more = replace(group, layers=group.layers + 1)
+        others["one layer more"] = target.runtime.attention.layout_fingerprint(more)
+        heads = replace(group.spec, num_kv_heads=1, num_q_heads=5)
+        fewer = replace(group, spec=heads)
+        others["fewer KV heads"] = target.runtime.attention.layout_fingerprint(fewer)
+    require(own == again, f"layout_fingerprint of one group differs: {own!r}, {again!r}")
+    for what, other in others.items():
+        require(
+            own != other,
+            f"layout_fingerprint is {own!r} for a group and for one with {what}: their raw bytes "
+            "are not interchangeable",
+        )
+    return Evidence(checks=1 + len(others))
+
+
+def _host_plans(target: Target, shape: Shape) -> Evidence:
+    """Shapes fixed by the key, where a device compiles for shapes."""
+    key = BucketKey(shape.tokens, shape.rows, (shape.width,))
+    seen = []
+    for query in ([1], [1, 1, 7], [3]):
+        lengths = np.array(query, np.int32)
+        singles = int((lengths == 1).sum())
+        host = HostStep(lengths, lengths + 5, (singles, singles, len(query)))
+        with calling("plan_host"):
+            plan = target.runtime.attention.plan_host(host, key)
+        seen.append({name: (np.shape(x), np.asarray(x).dtype) for name, x in plan.items()})
+    if target.is_static:
+        require(
+            all(x == seen[0] for x in seen),
+            f"plan_host gives other arrays for other steps of one key: {seen}",
+        )
+    return Evidence(checks=len(seen))
+
+
+def _other_dtypes(target: Target, seed: int) -> Evidence:
+    """Raw bytes of two dtypes are never interchangeable; of two runtimes of one kind always."""
+    prints = {}
+    for dtype in sorted(target.caps.dtypes):
+        other = target.fresh(dtype)
+        try:
+            (group,) = shape_of(other, "decode").groups(other.dtype)
+            with calling("layout_fingerprint"):
+                prints[other.dtype] = other.runtime.attention.layout_fingerprint(group)
+            if other.dtype == target.dtype:
+                with calling("layout_fingerprint"):
+                    own = target.runtime.attention.layout_fingerprint(group)
+                require(
+                    own == prints[target.dtype],
+                    f"two runtimes of one kind: fingerprints {own!r} and {prints[target.dtype]!r}",
+                )
+        finally:
+            other.close()
+    require(
+        len(set(prints.values())) == len(prints),
+        f"layout_fingerprint does not tell dtypes apart: {prints}",
+    )
+    return Evidence(checks=len(prints))
+
+
+def _case(name: str, says: str, run: Any, *, smoke: bool = False, every: bool = True) -> Case:
+    profiles = frozenset({"core"} | ({"smoke"} if smoke else set()))
+    return Case(f"kv.{name}", says, run, profiles, every_dtype=every)
+
+
+CASES: tuple[Case, ...] = (
+    _case("round_trip", "exported blocks are the imported ones, in any order", _round_trip),
+    _case("import_few", "an import changes its own blocks only", _import_few),
+    _case("copy", "a copied block is the source's in all layers, K and V", _copy, smoke=True),
+    _case("two_caches", "caches are apart, and blocks move between them", _fresh),
+    _case(
+        "written",
+        "a step writes K and V of its tokens at their slots, in its layer, and nothing else",
+        _written,
+        smoke=True,
+    ),
+    _case("chunks", "chunks and single tokens leave the cache of one whole prompt", _chunks),
+    _case("facts", "block sizes, bytes and fingerprints are what pools are planned with", _facts),
+    _case(
+        "fingerprint_dtypes",
+        "fingerprints differ between dtypes and agree between runtimes",
+        _other_dtypes,
+        every=False,
+    ),
+)

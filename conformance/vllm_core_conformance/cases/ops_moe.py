@@ -54,9 +54,7 @@ def route(target: Target, seed: int) -> Evidence:
             require(
                 ids.dtype.name == "int32", f"moe_route: ids are {ids.dtype.name}, promised is int32"
             )
-            bench.equal(
-                ids, want_ids, f"moe_route, experts, {where}", axes=("token", "choice")
-            )
+            bench.equal(ids, want_ids, f"moe_route, experts, {where}", axes=("token", "choice"))
             noise = oracle.noise_moe_route(logits, want)
             bench.judge(
                 "moe_route",

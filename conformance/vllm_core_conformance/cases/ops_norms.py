@@ -33,11 +33,18 @@ def _scale(bench: Bench, rng: np.random.Generator, width: int) -> Any:
     return bench.round((1 + 0.4 * rng.normal(size=width)) * rng.choice([1, 1, 1, -1], width))
 
 
+def _rows(bench: Bench, rng: np.random.Generator, tokens: int, width: int) -> Any:
+    """Where squares are summed in float32 one after the other, honestly, an outlier x 1000 swallows
+    what follows it; results of 16 bits do not show that."""
+    outlier = 1000.0 if bench.is_16_bit else 50.0
+    return bench.round(regimes(rng, tokens, width, bench.target.dtype, outlier))
+
+
 def _rms(case_id: str, sizes: Any, target: Target, seed: int) -> Evidence:
     rng, bench = rng_of(case_id, seed), Bench(target)
     for tokens, width, eps in sizes:
         for _ in range(REPEATS):
-            x = bench.round(regimes(rng, tokens, width, target.dtype))
+            x = _rows(bench, rng, tokens, width)
             scale = _scale(bench, rng, width)
             args = [Activation(x), Weights("norm", {"weight": scale})]
             (found,) = bench.op("rms_norm", args, eps)
@@ -93,7 +100,7 @@ def add_rms(target: Target, seed: int) -> Evidence:
     rng, bench = rng_of("ops.add_rms_norm.residual", seed), Bench(target)
     for tokens, width, eps in ((1, 3, 1e-6), (26, 769, 3e-4), (130, 64, 1e-12)):
         for _ in range(REPEATS):
-            x = bench.round(regimes(rng, tokens, width, target.dtype))
+            x = _rows(bench, rng, tokens, width)
             residual = bench.round(rng.normal(size=x.shape) * 3)
             residual[::5] = x[::5]  # a sum that no rounding spoils
             scale = _scale(bench, rng, width)
@@ -111,7 +118,7 @@ def _layer(case_id: str, sizes: Any, target: Target, seed: int) -> Evidence:
     rng, bench = rng_of(case_id, seed), Bench(target)
     for place, (tokens, width, eps) in enumerate(sizes):
         for _ in range(REPEATS):
-            x = bench.round(regimes(rng, tokens, width, target.dtype))
+            x = _rows(bench, rng, tokens, width)
             tensors = {"weight": _scale(bench, rng, width)}
             if place != 1:
                 tensors["bias"] = bench.round(rng.normal(size=width))

@@ -41,7 +41,9 @@ def _positions(rng: np.random.Generator, tokens: int) -> Any:
     return rng.permutation(positions)
 
 
-def _judge_table(bench: Bench, found: Any, positions: Any, half: int, base: float, scale: float) -> None:
+def _judge_table(
+    bench: Bench, found: Any, positions: Any, half: int, base: float, scale: float
+) -> None:
     args = positions, _frequency(half, base), scale
     exact, noise = oracle.rope_table(*args), oracle.noise_rope_table(*args)
     for name, out, want, n in zip(("cos", "sin"), found, exact, noise):
@@ -87,7 +89,7 @@ def shapes(target: Target, seed: int) -> Evidence:
             x = bench.round(x)
             angle = rng.uniform(-7, 7, (tokens, half))
             size = rng.choice([1, 1.2079], (tokens, 1))
-            cos, sin = (np.float32(f(angle) * size) for f in (np.cos, np.sin))
+            cos, sin = ((f(angle) * size).astype(np.float32) for f in (np.cos, np.sin))
             (out,) = bench.op("rope", [Activation(x), Fixed(cos), Fixed(sin)])
             where = f"of {heads} heads of {dim}, {2 * half} of them rotating"
             _judge_rope(bench, out, x, wide(cos), wide(sin), where)
@@ -120,7 +122,7 @@ def two_tables(target: Target, seed: int) -> Evidence:
     both = wide(both)
     q = both[:, :q_size].reshape(tokens, q_heads, dim)
     k = both[:, q_size:size].reshape(tokens, k_heads, dim)
-    tables = [tuple(wide(x) for x in pair) for pair in rest[:2]]
+    tables = [(wide(cos), wide(sin)) for cos, sin in rest[:2]]
     for pair, (half, base, scale) in zip(rest[:2], kinds):
         _judge_table(bench, pair, positions, half, base, scale)
     for place, (out, which) in enumerate(zip(rest[2:], (1, 1, 0, 0, 1, 1))):

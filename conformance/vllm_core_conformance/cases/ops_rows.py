@@ -19,26 +19,29 @@ TOKENS, WIDTH, INNER, EXPERTS, TOP_K, HALF = 13, 48, 24, 5, 2, 8
 EPS = 1e-5
 
 
-def _program(ops: Ops, x: Any, ids: Any, shares: Any, cos: Any, sin: Any, *p: Any) -> tuple[Any, ...]:
-    square, norm, layer, gate_up, down = p
+def _program(ops: Ops, x: Any, ids: Any, shares: Any, cos: Any, sin: Any, *p: Any) -> Any:
+    square, norm, layer, gate_up, down, router, valid = p
     heads = x.reshape(TOKENS, 3, WIDTH // 3)
+    normed, total = ops.add_rms_norm(x, x, norm, EPS)
     return (
         ops.linear(x, square),
         ops.logits(x, square),
         ops.rms_norm(x, norm, EPS),
-        ops.add_rms_norm(x, x, norm, EPS)[0],
+        normed,
+        total,
         ops.layer_norm(x, layer, EPS),
         ops.rope(heads, cos, sin).reshape(TOKENS, WIDTH),
         ops.silu_and_mul(x),
         ops.gelu_and_mul(x),
         ops.activation(x, "gelu"),
         ops.moe_experts(x, ids, shares, gate_up, down),
+        *ops.moe_route(router, TOP_K, False, valid),
     )
 
 
 NAMES = (
-    "linear logits rms_norm add_rms_norm layer_norm rope silu_and_mul gelu_and_mul activation "
-    "moe_experts"
+    "linear logits rms_norm add_rms_norm residual_sum layer_norm rope silu_and_mul gelu_and_mul "
+    "activation moe_experts"
 ).split()
 
 
@@ -54,7 +57,7 @@ def poison(target: Target, seed: int) -> Evidence:
     shares = rng.dirichlet(np.ones(TOP_K), TOKENS).astype(np.float32)
     ids[bad[2:]], shares[bad[2:]] = EXPERTS, 0  # as padding is
     angle = rng.uniform(0, 6, (TOKENS, HALF))
-    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    cos, sin = (f(angle).astype(np.float32) for f in (np.cos, np.sin))
     square, gate_up, down = (
         bench.round(weight(rng, *shape))
         for shape in ((65, WIDTH), (EXPERTS, 2 * INNER, WIDTH), (EXPERTS, WIDTH, INNER))
@@ -69,20 +72,26 @@ def poison(target: Target, seed: int) -> Evidence:
         Weights("experts", {"weight": gate_up}),
         Weights("experts", {"weight": down}),
     ]
-    found = bench.call("rows of poison", _program, args)
     good = np.setdiff1d(np.arange(TOKENS), bad)
+    router = bench.round(np.round(rng.normal(size=(TOKENS, EXPERTS)) * 2) / 2)  # many tie
+    router[good[0]], router[bad[:2]], router[bad[2:], 0] = 1.0, np.nan, np.inf
+    valid = ~np.isin(np.arange(TOKENS), [*bad[2:], good[-1]])
+    *found, chosen, weights = bench.call(
+        "rows of poison", _program, [*args, Activation(router), Fixed(valid)]
+    )
+    _judge_route(bench, chosen, weights, router, valid, good)
     y, r = x[good], bench.ratio
+    summed = oracle.add_rms_norm(y, y, scale, EPS)
+    summed_noise = oracle.noise_add_rms_norm(y, y, scale, EPS, ratio=r)
     heads = y.reshape(len(good), 3, -1)
     turn = cos[good].astype(np.float64), sin[good].astype(np.float64)
     routed = y, ids[good], wide(shares)[good], gate_up, down
     exact = (
         (oracle.linear(y, square), oracle.noise_linear(y, square, ratio=r)),
-        (oracle.linear(y, square), oracle.noise_linear(y, square, ratio=1.0)),
+        (oracle.linear(y, square), oracle.noise_logits(y, square, is_16_bit=bench.is_16_bit)),
         (oracle.rms_norm(y, scale, EPS), oracle.noise_rms_norm(y, scale, EPS, ratio=r)),
-        (
-            oracle.add_rms_norm(y, y, scale, EPS)[0],
-            oracle.noise_add_rms_norm(y, y, scale, EPS, ratio=r)[0],
-        ),
+        (summed[0], summed_noise[0]),
+        (summed[1], summed_noise[1]),
         (
             oracle.layer_norm(y, scale, offset, EPS),
             oracle.noise_layer_norm(y, scale, offset, EPS, ratio=r),
@@ -99,6 +108,16 @@ def poison(target: Target, seed: int) -> Evidence:
     for name, out, (want, noise) in zip(NAMES, found, exact, strict=True):
         _judge(bench, name, out, good, want, noise)
     return bench.done()
+
+
+def _judge_route(
+    bench: Bench, chosen: Any, weights: Any, router: Any, valid: Any, good: Any
+) -> None:
+    ids, shares = oracle.moe_route(router[good], TOP_K, False, valid[good])
+    what = "moe_route of sound tokens beside broken ones and padding"
+    bench.equal(np.asarray(chosen)[good], ids, what, axes=("sound token", "choice"))
+    noise = oracle.noise_moe_route(router[good], shares)
+    _judge(bench, "moe_route", weights, good, shares, noise)
 
 
 def _judge(bench: Bench, name: str, out: Any, good: Any, want: Any, noise: Any) -> None:
@@ -119,7 +138,7 @@ def _judge(bench: Bench, name: str, out: Any, good: Any, want: Any, noise: Any) 
         noise,
         where="of sound tokens beside broken ones",
         axes=("sound token", "channel"),
-        single=name == "logits",
+        single=name in ("logits", "moe_route"),
         by_class=name in ("linear", "logits", "moe_experts"),
     )
 

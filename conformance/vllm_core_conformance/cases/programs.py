@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -24,10 +23,9 @@ from vllm_core_conformance.cases.programs_echo import (
     SMALL,
     VOCAB,
     Echo,
-    Pending,
-    Session,
     Weights,
 )
+from vllm_core_conformance.cases.programs_session import Pending, Session
 from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.target import Target, calling
 
@@ -134,11 +132,17 @@ def padding_writes_nothing(target: Target, rng: np.random.Generator) -> Evidence
             evidence += session.check(session.submit([(row, rest)], weights))
     evidence += session.check(session.submit([(row, 1) for row in rows], weights))
     for row in (rows[2], rows[0], rows[2]):
+        session.scramble()
         before = session.read_cache()
-        evidence += session.check(session.submit([(row, 1)], weights), when=", one row of the bucket")
+        evidence += session.check(
+            session.submit([(row, 1)], weights), when=", one row of the bucket"
+        )
         request, after = session.sequences[row], session.read_cache()
         at = request.computed - 1
-        block, slot = request.blocks[at // session.echo.block_tokens], at % session.echo.block_tokens
+        block, slot = (
+            request.blocks[at // session.echo.block_tokens],
+            at % session.echo.block_tokens,
+        )
         for name in ("k", "v"):
             before[name][block, slot] = after[name][block, slot]
             evidence += require_equal(
@@ -305,6 +309,7 @@ def inputs_of_a_step(target: Target, rng: np.random.Generator) -> Evidence:
             packed.append(twin.pack(work, layout))
         buffer, host, _ = packed[0]
         device_step = twins[0].upload(buffer, host, layout)
+        twins[1].upload(np.array(layout.template()), host, layout)  # another must not replace it
         for which, twin in enumerate(twins):
             pending = twin.run(packed[which][2], device_step, weights, layout)
             evidence += twin.check(pending, when=f" of twin {which}, from the same uploaded step")

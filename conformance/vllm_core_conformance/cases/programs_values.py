@@ -26,10 +26,9 @@ from vllm_core_conformance.cases.programs_echo import (
     SMALL,
     VOCAB,
     Echo,
-    Session,
     Weights,
-    healthy,
 )
+from vllm_core_conformance.cases.programs_session import Session, healthy
 from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.target import Raised, Target, calling, wide
 
@@ -74,7 +73,11 @@ def chain(target: Target, rng: np.random.Generator) -> Evidence:
     def device(x: Numbers) -> Any:
         return target.array(x.astype(np.int32))
 
-    x, y_device, last_device = Pair(device(host.left), (device(host.right[0]),)), device(y), device(last)
+    x, y_device, last_device = (
+        Pair(device(host.left), (device(host.right[0]),)),
+        device(y),
+        device(last),
+    )
     results, expected, which = [], [], rng.integers(0, 2, CALLS)
     for i in which:
         with calling("a small program"):
@@ -89,6 +92,10 @@ def chain(target: Target, rng: np.random.Generator) -> Evidence:
         what = f"result of call {number} of {CALLS} ({name}), fetched after all"
         evidence += require_equal(np.asarray(got), want, what, axes=("place",))
     final = target.fetch(x)
+    require(
+        getattr(final, "_fields", None) == Pair._fields,
+        f"a tree of named tuples was fetched as a {type(final).__name__} without its fields",
+    )
     what = f"the consumed value after {CALLS} calls"
     evidence += require_equal(np.asarray(final.left), host.left, what)
     evidence += require_equal(np.asarray(final.right[0]), host.right[0], f"{what}, inner array")
@@ -123,7 +130,7 @@ def structure(target: Target, rng: np.random.Generator) -> Evidence:
         bare, (full, nothing), (model, flipped, empty) = target.fetch(tuple(results))
         for name, got in (("StepResult", bare), ("StepResult with log-probabilities", full)):
             require(
-                hasattr(got, "_fields") and got._fields == StepResult._fields,
+                getattr(got, "_fields", None) == StepResult._fields,
                 f"a fetched {name} came back as {type(got).__name__}: structure is lost",
             )
         require(
@@ -132,7 +139,7 @@ def structure(target: Target, rng: np.random.Generator) -> Evidence:
         )
         found = [*bare[:3], *full[:3], *full.logprobs, model, flipped, empty]
         x, one, two, three = numbers, numbers[:, 0], numbers[:, 1], numbers[:, 2]
-        exact = [x + 3, two + 4, three + 5, x + 6, two + 7, three + 8]
+        exact: list[Numbers] = [x + 3, two + 4, three + 5, x + 6, two + 7, three + 8]
         exact += [x + 1, x * 0.5, one + 2, x * 2, ~flags, x[:0]]
         dtypes = [kinds[0]] * 6 + [kinds[0], kinds[1], kinds[0], kinds[2], "bool", kinds[0]]
         for place, (got, want, dtype) in enumerate(zip(found, exact, dtypes, strict=True)):
@@ -201,9 +208,7 @@ def _every_op(target: Target, a: dict[str, Any], params: dict[str, Param]) -> It
     yield ops.moe_experts(x, ids, shares, params["gate_up"], params["down"])
     yield ops.amax(a["wide"])
     yield from ops.top(a["wide"], 3)
-    yield from ops.sample(
-        a["wide"], a["columns"], a["ids"] % 12, a["history"], a["bias"], features
-    )
+    yield from ops.sample(a["wide"], a["columns"], a["ids"] % 12, a["history"], a["bias"], features)
     yield from ops.logprobs(a["wide"], a["ids"], 2)
 
 
@@ -242,14 +247,16 @@ def _attend(
     state: DeviceState,
     kv: Any,
     device_step: DeviceStep,
-    *qkv: Any,
+    q: Any,
+    k: Any,
+    v: Any,
 ) -> tuple[Any, ...]:
     ops, step = echo.runtime.ops, layout.unpack(device_step.buffer)
     view, state = ops.expand(echo.runtime.block_tables, state, step, layout.block_tokens, VOCAB)
     (plan,) = echo.runtime.attention.plan(
         state, view, step, layout.key, device_step.host_part, (echo.spec,), echo.groups
     )
-    out, _, kv = echo.runtime.attention.attend(kv, LAYER, *qkv, plan)
+    out, _, kv = echo.runtime.attention.attend(kv, LAYER, q, k, v, plan)
     return state, kv, out
 
 

@@ -29,9 +29,7 @@ VOCAB = 65
 """One more than a segment of 64."""
 
 
-def _awkward(
-    target: Target, rng: np.random.Generator, judge: Judge, vocab: int, rows: int
-) -> None:
+def _awkward(target: Target, rng: np.random.Generator, judge: Judge, vocab: int, rows: int) -> None:
     logits = awkward_logits(rng, vocab, rows)
     requests = [awkward_request(rng, vocab, x) for x in logits]
     judge.look(logits, requests, *sample(target, logits, requests))
@@ -96,7 +94,7 @@ def filter_ties(target: Target, seed: int) -> Evidence:
     rng, judge = rng_of("sampling.filters.ties", seed), Judge("filters on equal logits")
     for _ in range(4):
         logits = np.full((ROWS, VOCAB), -np.inf)
-        requests = []
+        requests: list[Request] = []
         for row in range(ROWS):
             size = int(rng.choice([4, 8, 32, VOCAB]))
             some = np.sort(rng.permutation(VOCAB)[:size])
@@ -114,8 +112,8 @@ def filter_ties(target: Target, seed: int) -> Evidence:
                 request = replace(request, min_p=0.5)
                 gap = float(request.gap)
                 logits[row, some[::2]] = 0.0
-                logits[row, some[1::2]] = -gap if row % 8 == 3 else float(
-                    np.nextafter(np.float32(-gap), np.float32(-9))
+                logits[row, some[1::2]] = (
+                    -gap if row % 8 == 3 else float(np.nextafter(np.float32(-gap), np.float32(-9)))
                 )
             requests.append(request)
         judge.look(logits, requests, *sample(target, logits, requests))
@@ -128,8 +126,8 @@ def penalties(target: Target, seed: int) -> Evidence:
     rng, judge = rng_of("sampling.penalties.history", seed), Judge("rows with penalties")
     for turn in range(6):
         logits = np.round(rng.normal(size=(ROWS, VOCAB)) * 96) / 64
-        requests = []
-        for row in range(ROWS):
+        requests: list[Request] = []
+        for _ in range(ROWS):
             count = int(rng.integers(1, LENGTH - 8))
             awkward = turn == 5
             requests.append(
@@ -156,7 +154,7 @@ def bias(target: Target, seed: int) -> Evidence:
     rng, judge = rng_of("sampling.bias.held", seed), Judge("rows with bias and held ids")
     for _ in range(4):
         logits = np.round(rng.normal(size=(ROWS, VOCAB)) * 64) / 32
-        requests = []
+        requests: list[Request] = []
         for _ in range(ROWS):
             place = int(rng.integers(1, 90))
             ids = rng.permutation(VOCAB)
@@ -207,7 +205,7 @@ def features(target: Target, seed: int) -> Evidence:
     for least, _ in COARSER:
         logits = awkward_logits(rng, VOCAB)
         logits[np.abs(logits) < 1e-30] = 0
-        requests = []
+        requests: list[Request] = []
         for x in logits:
             request = awkward_request(rng, VOCAB, x)
             if not least.draw:
@@ -304,9 +302,13 @@ CASES: tuple[Case, ...] = (
     _case("draw.vocabulary", "does so for 151,936 tokens with untrained ones", real_vocabulary),
     _case("greedy.ties", "gives greedy ties to the lowest id", greedy),
     _case("filters.ties", "cuts among equal logits exactly", filter_ties, _SMOKE),
-    _case("penalties.history", "penalises what the row itself has seen and drawn", penalties, _SMOKE),
+    _case(
+        "penalties.history", "penalises what the row itself has seen and drawn", penalties, _SMOKE
+    ),
     _case("bias.held", "adds bias, bans, and holds ids back until their position", bias),
-    _case("seeds.words", "draws by all 64 bits of the seed, the sequence and the position", uniforms),
+    _case(
+        "seeds.words", "draws by all 64 bits of the seed, the sequence and the position", uniforms
+    ),
     _case("features.cover", "draws the same with more features compiled than needed", features),
     _case("rows.neighbours", "draws the same in any batch", neighbours),
     _case("rows.fault", "flags broken rows and spares their neighbours", faults, _SMOKE),

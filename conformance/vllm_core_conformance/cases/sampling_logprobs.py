@@ -31,7 +31,7 @@ def _logits(rng: np.random.Generator, vocab: int) -> Any:
     x[7, rng.integers(vocab)] = 300
     x[8] = -np.inf
     x[8, rng.integers(vocab)] = 2.0
-    return x.astype(np.float32).astype(np.float64)
+    return x.astype(np.float32).astype(np.float64) + 0.0  # 0.0 and -0.0 need not tie
 
 
 def _report(target: Target, logits: Any, targets: Any, count: int) -> Any:
@@ -50,8 +50,9 @@ def _judge(bench: Bench, found: Any, logits: Any, targets: Any, count: int, wher
     shape = (len(logits), 1 + count)
     for name, part in (("ids", found.ids), ("values", found.values)):
         require(
-            np.shape(part) == shape, f"logprobs: {name} have shape {list(np.shape(part))}, expected "
-            f"{list(shape)} for {count} alternatives"
+            np.shape(part) == shape,
+            f"logprobs: {name} have shape {list(np.shape(part))}, expected "
+            f"{list(shape)} for {count} alternatives",
         )
     what = f"logprobs, {where}"
     bench.equal(found.ids[:, 0], targets, f"{what}: column 0 is the target", axes=("row",))
@@ -66,9 +67,7 @@ def _judge(bench: Bench, found: Any, logits: Any, targets: Any, count: int, wher
     )
     none = np.isneginf(values)
     got = wide(found.values)
-    bench.equal(
-        np.isneginf(got), none, f"{what}: banned tokens have -inf", axes=("row", "column")
-    )
+    bench.equal(np.isneginf(got), none, f"{what}: banned tokens have -inf", axes=("row", "column"))
     live = np.where(none, 0.0, got).astype(np.float32)
     bench.judge(
         "logprobs",

@@ -35,7 +35,7 @@ def sample(
     features: Features = ALL,
 ) -> tuple[Numbers, Numbers]:
     """(tokens, fault) of one call."""
-    ops = target.ops
+    ops: Any = target.ops
 
     def fn(*arrays: Any) -> tuple[Any, ...]:
         found: tuple[Any, ...] = ops.sample(*arrays, features)
@@ -207,7 +207,7 @@ def awkward_logits(rng: np.random.Generator, vocab: int, rows: int = ROWS) -> Nu
         elif kind == 9:  # untrained ids, all equal
             x[row] = np.where(rng.random(vocab) < 0.9, x[row].max(), x[row])
     with np.errstate(under="ignore"):
-        return x.astype(np.float32).astype(np.float64)
+        return np.asarray(x.astype(np.float32).astype(np.float64))
 
 
 def awkward_request(rng: np.random.Generator, vocab: int, logits: Numbers) -> Request:

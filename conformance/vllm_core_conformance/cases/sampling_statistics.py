@@ -1,8 +1,8 @@
 """Cases: many draws have the distribution that was asked for and do not depend on each other.
 
-Every test has two stages, decided beforehand: the first rejects at ALPHA; only then the second runs,
-with a fresh seed and four times the draws, and both must reject. Twenty tests a run keep the chance
-of any false alarm under 20 * ALPHA^2 = 2e-7.
+Every test has two stages, decided beforehand: the first rejects at ALPHA; only then the second
+runs, with a fresh seed and four times the draws, and both must reject. Twenty tests a run keep the
+chance of any false alarm under 20 * ALPHA^2 = 2e-7.
 
 Knows: chi-square tests. Does not know: how the draws are made.
 """
@@ -49,7 +49,8 @@ class Sampler:
         positions: Numbers | None = None,
     ) -> Numbers:
         """One token per element of whichever varies (their length a multiple of BATCH)."""
-        ops, filters = self.target.ops, bool(request.top_k or request.min_p or request.top_p < 1)
+        ops: Any = self.target.ops
+        filters = bool(request.top_k or request.min_p or request.top_p < 1)
         features = Features(draw=True, filters=filters)
         (count,) = {len(x) for x in (seeds, indices, positions) if x is not None}
         params, place, history, bias = pack([request], len(LOGITS), 1)
@@ -151,9 +152,7 @@ def positions(target: Target, seed: int) -> Evidence:
             "two requests at the same positions": _pairs(one, two, p),
         }
 
-    return _two_stages(
-        "along positions", target, "sampling.statistics.positions", seed, experiment
-    )
+    return _two_stages("along positions", target, "sampling.statistics.positions", seed, experiment)
 
 
 def seeds(target: Target, seed: int) -> Evidence:
@@ -179,19 +178,17 @@ def sequences(target: Target, seed: int) -> Evidence:
         p, place = _probability(), np.arange(count)
         request = Request(seed=_seed(rng), position=3)
         one = sampler.draw(request, indices=np.arange(count))
-        streams = [
+        first, second = (
             sampler.draw(Request(seed=request.seed, sequence_index=i), positions=place)
             for i in (0, 1)
-        ]
+        )
         return {
             "sequences of one request": _single(one, p),
             "a sequence and the next": _pairs(one[:-1:2], one[1::2], p),
-            "two sequences along positions": _pairs(*streams, p),
+            "two sequences along positions": _pairs(first, second, p),
         }
 
-    return _two_stages(
-        "along sequences", target, "sampling.statistics.sequences", seed, experiment
-    )
+    return _two_stages("along sequences", target, "sampling.statistics.sequences", seed, experiment)
 
 
 def filters(target: Target, seed: int) -> Evidence:
@@ -207,9 +204,7 @@ def filters(target: Target, seed: int) -> Evidence:
             asking = Request(
                 seed=_seed(rng), top_k=request.top_k, top_p=request.top_p, min_p=request.min_p
             )
-            found[name] = _single(
-                sampler.draw(asking, positions=place), _probability(kept=kept)
-            )
+            found[name] = _single(sampler.draw(asking, positions=place), _probability(kept=kept))
         return found
 
     return _two_stages("with filters", target, "sampling.statistics.filters", seed, experiment)

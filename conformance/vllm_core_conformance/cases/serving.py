@@ -1,5 +1,5 @@
 """Cases: whole engines. The core's own scheduler and runner serve tiny models on the backend, and
-every token is judged by the float64 decoder, however it was batched, chunked, shared or interrupted.
+every token is judged by the float64 decoder, however it was batched, chunked, shared, interrupted.
 
 Knows: what an engine may do to a request. Does not know: what is right (oracle, judge).
 """
@@ -113,7 +113,8 @@ def _together(target: Target, seed: int) -> Evidence:
             for i, p in enumerate(prompts)
         ]
 
-    judge, alone = Judge(served, "alone"), {}
+    alone: Streams = {}
+    judge = Judge(served, "alone")
     core = served.engine(Setup(is_async=False, prefix_caching=False))
     for request in requests():
         own = run(core, [request])
@@ -225,24 +226,26 @@ def _prefix(blueprint: Blueprint, target: Target, seed: int) -> Evidence:
 # ---------------------------------------------------------------- what is drawn
 def _sampling(blueprint: Blueprint, target: Target, seed: int) -> Evidence:
     """Every sampling parameter, mixed in steps whose rows come and go: the draw depends on seed,
-    position and sequence, and on no neighbour."""
+    position and sequence, and on no neighbour. Temperatures are high, since the logits are."""
     rng = seeded(f"sampling {blueprint.name}", seed)
     served = serve(target, blueprint, seed)
     ids = rng.permutation(VOCAB)[:12].tolist()
+    # an end is drawn as soon as it is allowed
+    ends: dict[str, Any] = {"stop_token_ids": ids, "logit_bias": dict.fromkeys(ids, 90.0)}
     wishes: list[dict[str, Any]] = [
-        {"temperature": 1.0, "n": 3},
-        {"temperature": 0.7, "top_k": 5, "logprobs": 2},
-        {"temperature": 1.6, "top_p": 0.8},
-        {"temperature": 1.3, "min_p": 0.05, "presence_penalty": 0.8},
-        {"temperature": 2.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 9.0, "n": 3},
+        {"temperature": 5.0, "top_k": 5, "logprobs": 2},
+        {"temperature": 8.0, "top_p": 0.8},
+        {"temperature": 7.0, "min_p": 0.05, "presence_penalty": 0.8},
+        {"temperature": 12.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
         {"temperature": 0.0, "repetition_penalty": 1.4, "frequency_penalty": 0.6},
-        {"temperature": 3.0, "repetition_penalty": 0.8, "seed": -3},
-        {"temperature": 1.0, "logit_bias": {ids[0]: 9.0, ids[1]: -9.0, ids[2]: 8.5}},
-        {"temperature": 1.5, "allowed_token_ids": ids[3:9]},
+        {"temperature": 15.0, "repetition_penalty": 0.8, "seed": -3},
+        {"temperature": 4.0, "logit_bias": {ids[0]: 9.0, ids[1]: -9.0, ids[2]: 8.5}},
+        {"temperature": 9.0, "allowed_token_ids": ids[3:9]},
         {"temperature": 0.0, "banned_token_ids": ids[2:10], "logprobs": 4},
-        {"temperature": 1.2, "min_tokens": 5, "stop_token_ids": ids[:4], "logit_bias": {ids[0]: 6}},
-        {"temperature": 0.0, "min_tokens": 3, "stop_token_ids": ids[4:9], "ignore_eos": False},
-        {"temperature": 0.9, "seed": 2**63 + 11, "frequency_penalty": 1.5, "top_k": 30},
+        {"temperature": 6.0, "min_tokens": 5, **ends},
+        {"temperature": 0.0, "min_tokens": 3, **ends, "ignore_eos": False},
+        {"temperature": 6.0, "seed": 2**63 + 11, "frequency_penalty": 1.5, "top_k": 30},
     ]
     requests = [
         served.request(

@@ -94,11 +94,11 @@ class Driver:
         }
         kind = rng.random()
         if kind < 0.2:
-            params |= {"temperature": 1.3, "n": int(rng.integers(1, 4))}
+            params |= {"temperature": 8.0, "n": int(rng.integers(1, 4))}
         elif kind < 0.3:
             params |= {"repetition_penalty": 1.3, "presence_penalty": 0.5}
         elif kind < 0.4:
-            params |= {"logit_bias": {int(rng.integers(VOCAB)): 5.0}, "temperature": 0.8}
+            params |= {"logit_bias": {int(rng.integers(VOCAB)): 5.0}, "temperature": 5.0}
         elif kind < 0.5:
             params |= {"prompt_logprobs": 1}
         request = self.served.request(tokens, f"r{len(self.requests)}", **params)

@@ -141,10 +141,12 @@ class Play:
         self._fill(v, cells, told)
         drawn = np.full((self.layout.key.rows, 1), -1, np.int32)
         draws = rng.random(len(plans)) < 0.75
-        drawn[: len(plans), 0] = np.where(draws, rng.integers(0, world.vocab, len(plans)), -1)
+        found = rng.integers(0, world.vocab, len(plans))
+        found[rng.random(len(plans)) < 0.3] = 0  # a token like any other
+        drawn[: len(plans), 0] = np.where(draws, found, -1)
         lengths = [length for *_, length in plans]
         totals = [hit + length for _, _, hit, length in plans]
-        host = HostStep(np.int32(lengths), np.int32(totals), split)
+        host = HostStep(np.array(lengths, np.int32), np.array(totals, np.int32), split)
         self.run(buffer, host, drawn)
 
     def _is_fresh(self, row: int) -> bool:
@@ -215,7 +217,7 @@ class Play:
             for group, changes in enumerate(cells):
                 part = np.array(changes[at : at + AHEAD], np.int32).reshape(-1, 3)
                 tables[group, : len(part)] = part
-            history = np.tile(np.int32([world.num_slots, 0, 0]), (AHEAD, 1))
+            history = np.tile(np.array([world.num_slots, 0, 0], np.int32), (AHEAD, 1))
             part = np.array(told[at : at + AHEAD], np.int32).reshape(-1, 3)
             history[: len(part)] = part
             arrays = target.array(tables), target.array(history)

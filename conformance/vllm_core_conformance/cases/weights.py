@@ -1,6 +1,6 @@
-"""Cases: weights go to the device and come back with their bits, whatever form they had on the host.
+"""Cases: weights go to the device and come back with their bits, in whatever form they came.
 
-Knows: parts, lazy arrays, layouts and dtypes of host arrays. Does not know: a backend's own layout.
+Knows: parts, lazy arrays, layouts and dtypes of host arrays. Does not know: a backend's layout.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vllm_core_conformance.kit.distribution import FRAMEWORKS, check_name, count_lines, render, write
-
 SUMMARY = "a new backend as a complete distribution that passes the suite at once"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from vllm_core_conformance.kit.distribution import FRAMEWORKS  # heavy: not for a summary
+
     parser.add_argument("name", help="of the backend: small letters, digits, underscores")
     parser.add_argument(
         "--framework",
@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from vllm_core_conformance.kit.distribution import check_name, count_lines, render, write
+
     check_name(args.name)
     distribution = f"vllm-core-{args.name.replace('_', '-')}"
     folder = args.output if args.output is not None else Path(distribution)

@@ -28,7 +28,7 @@ from vllm_core_conformance.steps import Scene, Shape
 Numbers = NDArray[Any]
 
 HALF_SMALLEST = {"float16": 2.0**-25}
-"""Rounding of a subnormal probability, where the dtype's range is that short; else it is nothing."""
+"""Rounding of a subnormal probability, where the range is that short; else it is nothing."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def _one_head(
     apart = two * slope * np.abs(raw) if two > 1 else np.zeros_like(raw)
 
     def weighted(w: Numbers, x: Numbers) -> Numbers:
-        return np.einsum("ngl,ld->ngd", w, x, optimize=True)
+        total: Numbers = np.einsum("ngl,ld->ngd", w, x, optimize=True)
+        return total
 
     rounded = np.sqrt(weighted(p**2, v**2))
     size = np.abs(out)

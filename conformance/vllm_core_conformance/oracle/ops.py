@@ -35,6 +35,22 @@ def noise_linear(
     return np.asarray(n if bias is None else n + np.abs(bias))
 
 
+SIXTEEN_BITS = 128
+"""2^-17 in units of u32."""
+
+
+def noise_logits(
+    x: Numbers, weight: Numbers, bias: Numbers | None = None, *, is_16_bit: bool
+) -> Numbers:
+    """In units of u32. A model of 16 bits may keep a logit as the sum of two 16-bit numbers, which
+    holds 16 bits of the float32: its own operands have 8 or 11, and a logit of 30 is then off by
+    2e-4, while rounding it to bfloat16 or float16 shows 256 or 32 times that."""
+    n = noise_linear(x, weight, bias, ratio=1.0)
+    if is_16_bit:
+        n = n + (SIXTEEN_BITS - 1) * np.abs(linear(x, weight, bias))
+    return n
+
+
 def _noise_sum(x: Numbers, weight: Numbers) -> Numbers:
     spread = np.sqrt(x.shape[-1] * ((x * x) @ (weight * weight).T))
     lost = np.abs(weight).sum(-1) + np.abs(x).sum(-1, keepdims=True)

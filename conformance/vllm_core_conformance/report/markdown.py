@@ -69,7 +69,8 @@ def describe_backend(report: Report) -> str:
 
 
 def describe_devices(report: Report) -> str:
-    return ", ".join(f"{d['kind']} {d['index']} ({d['arch']})" for d in report["devices"]) or "none"
+    told = ", ".join(f"{d['kind']} {d['index']} ({d['arch']})" for d in report["devices"])
+    return told or "a device that was not named"
 
 
 def describe_host(report: Report) -> str:

@@ -90,7 +90,8 @@ def compilations_of(report: Report) -> dict[str, int]:
 
 def draw_verdict(report: Report) -> dict[str, Any]:
     """{"status", "reasons", "class", "declared_class", "hints"}: passed only when every scored
-    case of the run was executed and none was wrong."""
+    case of the run was executed and none was wrong. What is wrong has no measure: then there is no
+    class."""
     declared = report["backend"]["capabilities"].get("numeric_class")
     scored = scored_results(report)
     measured = class_of(headroom_of(scored))
@@ -114,7 +115,7 @@ def draw_verdict(report: Report) -> dict[str, Any]:
     return {
         "status": status,
         "reasons": reasons,
-        "class": measured,
+        "class": None if any(r["status"] not in GOOD for r in scored) else measured,
         "declared_class": declared,
         "hints": hints,
     }

@@ -19,7 +19,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,9 +292,10 @@ def _in_processes(
     """name -> result, in the order of the calls. What breaks the pool runs again alone; what breaks
     that too is left out."""
     found: dict[str, T] = {}
-    left = _round(function, calls, jobs, told, found)
-    for call in left:
-        _round(function, [call], 1, told, found)
+    size = jobs * TASKS_PER_WORKER
+    for at in range(0, len(calls), size):
+        for call in _round(function, calls[at : at + size], jobs, told, found):
+            _round(function, [call], 1, told, found)
     return {name: found[name] for name, _ in calls if name in found}
 
 
@@ -307,27 +308,17 @@ def _round(
 ) -> list[tuple[str, tuple[Any, ...]]]:
     """-> the calls that a dead worker left without a result."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        jobs, mp_context=context, max_tasks_per_child=TASKS_PER_WORKER
-    ) as pool:
+    # not max_tasks_per_child, with which CPython 3.11 waits for ever (gh-115634)
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         futures = {pool.submit(function, *arguments): name for name, arguments in calls}
         for future in as_completed(futures):
             try:
                 found[futures[future]] = future.result()
             except BrokenProcessPool:
                 continue
-            _say(len(found), futures, future, told)
+            said = f"{futures[future]}: {told(future.result())}"
+            print(f"[{len(found):4}] {said}", file=sys.stderr, flush=True)
     return [call for call in calls if call[0] not in found]
-
-
-def _say(
-    done: int, futures: dict[Future[T], str], future: Future[T], told: Callable[[T], str]
-) -> None:
-    print(
-        f"[{done:4}/{len(futures)}] {futures[future]}: {told(future.result())}",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def _progress_of(trial: Trial, worst_only: bool) -> str:

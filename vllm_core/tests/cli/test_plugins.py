@@ -44,7 +44,6 @@ def test_help_lists_it_beside_the_own_ones(tmp_path: Path) -> None:
         ("import no_such_module", "No module named 'no_such_module'"),
         ("raise SystemExit('goodbye')", "goodbye"),
         ("SUMMARY = 3\ndef add_arguments(p): 0\ndef run(a): 0", "SUMMARY is int"),
-        ("SUMMARY = 'x'\ndef add_arguments(p): 1/0\ndef run(a): 0", "division by zero"),
         ("SUMMARY = 'x'\ndef add_arguments(p): 0", "no attribute 'run'"),
     ],
 )
@@ -56,13 +55,21 @@ def test_a_broken_command_is_named_and_hides_nothing(
     listed = run_command("--help", extra_path=tmp_path)
     assert listed.returncode == 0
     said = " ".join(listed.stdout.split())
-    assert "broken: the command 'broken' of vendor-broken" in said
+    assert "broken broken: " in said
     assert reason in said
     assert "greets" in said
     asked = run_command("broken", "--any", "thing", extra_path=tmp_path)
     assert asked.returncode == 1
     assert asked.stderr.startswith("error: the command 'broken' of vendor-broken cannot be loaded")
     assert reason in asked.stderr
+
+
+def test_a_command_whose_arguments_are_broken_says_so_when_it_is_asked_for(tmp_path: Path) -> None:
+    source = "SUMMARY = 'x'\ndef add_arguments(p): 1/0\ndef run(a): 0"
+    install_command(tmp_path, "broken", source)
+    done = run_command("broken", extra_path=tmp_path)
+    assert done.returncode == 1
+    assert "division by zero" in done.stderr
 
 
 def test_only_the_command_that_is_asked_for_is_loaded(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vllm_core.backend import (
     Program,
     Runtime,
 )
-from vllm_core.errors import NotSupported
+from vllm_core.errors import NotSupported, OutOfMemory
 from vllm_core.ops import BucketKey, HostArray, Param, ParamSpec, Part
 from vllm_core_conformance.zoo.kernel import Kernel
 from vllm_core_conformance.zoo.runtime import Collection, ZooRuntime, torch_open
@@ -30,7 +30,7 @@ collection = Collection("memory")
 runtime = collection.runtime
 kernel = collection.kernel
 
-_HELD: list[Any] = []
+_HELD: dict[int, Any] = {}
 """What leaks: kept for the life of the process."""
 
 
@@ -57,42 +57,61 @@ class LeaksPerUpload(ZooRuntime):
         return super().upload(packed, host, key)
 
 
-@kernel("a cache is kept after its runtime was closed")
-class CacheNeverFreed(Kernel):
+@kernel("caches that the caller let go are kept as long as the runtime lives")
+class CachesKept(Kernel):
+    def __init__(self, dtype: str) -> None:
+        super().__init__(dtype)
+        self.kept: list[KV] = []
+
+    def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
+        self.kept.append(super().alloc(groups, num_blocks))
+        return self.kept[-1]
+
+
+@kernel("the last cache of a runtime is kept after it was closed")
+class CacheOutlivesRuntime(Kernel):
     def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
         kv = super().alloc(groups, num_blocks)
-        _HELD.append([np.ones_like(pool) for pool in kv])
+        _HELD[id(self)] = kv
         return kv
 
 
-@runtime("weights are kept after they were given back")
-class WeightsNeverFreed(ZooRuntime):
+@runtime("weights that the caller let go are kept as long as the runtime lives")
+class WeightsKept(ZooRuntime):
+    def __init__(self, config: OpenConfig) -> None:
+        super().__init__(config)
+        self.kept: list[Param] = []
+
     def load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
-        param = super().load(spec, parts)
-        _HELD.append({name: np.array(x) for name, x in param.arrays.items()})
-        return param
+        self.kept.append(super().load(spec, parts))
+        return self.kept[-1]
 
 
 @kernel("a cache that does not fit raises MemoryError instead of OutOfMemory")
 class RaisesMemoryError(Kernel):
     def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
-        if sum(num_blocks.values()) > 1 << 30:
-            raise MemoryError("cannot allocate")
-        return super().alloc(groups, num_blocks)
+        try:
+            return super().alloc(groups, num_blocks)
+        except OutOfMemory as error:
+            raise MemoryError(str(error)) from error
 
 
 @kernel("a cache that does not fit raises NotSupported instead of OutOfMemory")
 class RaisesNotSupported(Kernel):
     def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
-        if sum(num_blocks.values()) > 1 << 30:
-            raise NotSupported("so many blocks")
-        return super().alloc(groups, num_blocks)
+        try:
+            return super().alloc(groups, num_blocks)
+        except OutOfMemory as error:
+            raise NotSupported(str(error)) from error
 
 
-@kernel("a cache that does not fit is made smaller in silence", worst=True)
+@kernel("a cache that does not fit is made smaller in silence")
 class ShrinksInSilence(Kernel):
     def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
-        return super().alloc(groups, {pool: min(n, 1 << 16) for pool, n in num_blocks.items()})
+        try:
+            return super().alloc(groups, num_blocks)
+        except OutOfMemory:
+            return tuple(np.zeros((1, 1), self.dtype) for _ in num_blocks)
 
 
 @kernel("after a failed allocation no other succeeds")
@@ -100,8 +119,6 @@ class OutOfMemoryIsFinal(Kernel):
     failed = False
 
     def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
-        from vllm_core.errors import OutOfMemory
-
         if self.failed:
             raise OutOfMemory("no memory for KV blocks")
         try:

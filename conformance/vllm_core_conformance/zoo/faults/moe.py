@@ -176,7 +176,7 @@ FAULTS = (
     ),
     _wrong("moe_padding_routed", "padding is routed like a token", ops(moe_route=_padding_routed)),
     _wrong("moe_always_renormalised", "weights always sum to 1", ops(moe_route=_always)),
-    _wrong("moe_never_renormalised", "renormalize is ignored", ops(moe_route=_never), worst=True),
+    _wrong("moe_never_renormalised", "renormalize is ignored", ops(moe_route=_never)),
     _wrong(
         "moe_sigmoid",
         "the router is a sigmoid",
@@ -206,7 +206,7 @@ FAULTS = (
         "the router's ids are 64-bit integers",
         ops("torch", moe_route=lambda base, *args: (base(*args)[0].long(), base(*args)[1])),
     ),
-    _wrong("moe_unweighted", "experts are added without weights", _mixed(power=0), worst=True),
+    _wrong("moe_unweighted", "experts are added without weights", _mixed(power=0)),
     _wrong("moe_weighted_twice", "weights are applied twice", _mixed(power=2)),
     _wrong("moe_input_weighted", "weights scale the experts' input", _mixed(inside=True)),
     _wrong(

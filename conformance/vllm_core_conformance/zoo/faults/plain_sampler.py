@@ -7,6 +7,7 @@ Knows: the order and the integers of a draw. Does not know: what faults there ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from vllm_core.errors import NotSupported
 from vllm_core.ops import Features
 from vllm_core.ops.sampling import MAX_VOCAB
 from vllm_core.ops.step import Column
-from vllm_core_conformance.zoo.faults.planted import Numbers
+from vllm_core_conformance.zoo.faults.planted import Method, Numbers, Open, numpy_ops, ops
 
 SMALLEST = np.float32(2.0**-126)
 _WORD = np.uint64(0xFFFFFFFF)
@@ -191,3 +192,28 @@ def philox(counter: tuple[Numbers, ...], key: tuple[Numbers, Numbers]) -> Number
         )
         k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _WORD, (k1 + np.uint64(0xBB67AE85)) & _WORD
     return a.astype(np.int64)
+
+
+def plain(**methods: Any) -> Open:
+    """The plain sampler with other steps: each a function of (self, ...)."""
+    return numpy_ops(type("WrongSampler", (PlainSampler,), methods))
+
+
+def columns(**changes: Callable[[Numbers], Numbers]) -> Open:
+    """The reference's sampler with columns of the parameters changed on the way."""
+
+    def wrong(base: Method, logits: Any, params: Any, *rest: Any) -> Any:
+        params = params.copy()
+        for name, change in changes.items():
+            params[:, int(Column[name])] = change(params[:, int(Column[name])])
+        return base(logits, params, *rest)
+
+    return ops(sample=wrong)
+
+
+def on_floats(change: Callable[[Numbers], Numbers]) -> Callable[[Numbers], Numbers]:
+    def wrong(column: Numbers) -> Numbers:
+        values = np.ascontiguousarray(column).view(np.float32)
+        return change(values).astype(np.float32).view(np.int32)
+
+    return wrong

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_core.backend import OpenConfig, Runtime
+from vllm_core.ops import Param
 
 Method = Callable[..., Any]
 Open = Callable[[OpenConfig], Runtime]
@@ -78,3 +79,14 @@ def as_bfloat16(x: Numbers) -> Numbers:
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) & np.uint64(0xFFFF0000)
     return rounded.astype(np.uint32).view(np.float32).astype(x.dtype)
+
+
+def flat_memory(base: Method, x: Numbers, *rest: Any) -> Any:
+    """Reads size elements from where x begins, whatever its strides say."""
+    if not x.flags.c_contiguous and x.ndim > 1 and x.base is not None:
+        x = np.lib.stride_tricks.as_strided(x, x.shape, np.empty(x.shape, x.dtype).strides)
+    return base(x.copy(), *rest)
+
+
+def without(param: Param, name: str) -> Param:
+    return Param({key: x for key, x in param.arrays.items() if key != name})

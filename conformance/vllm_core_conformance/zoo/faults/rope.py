@@ -199,7 +199,6 @@ FAULTS = (
         "rope_consecutive",
         "positions count up from the first token's",
         _positions(lambda p: p[:1] + np.arange(len(p), dtype=p.dtype)),
-        worst=True,
     ),
     _wrong(
         "rope_first_frequency",

@@ -372,7 +372,6 @@ FAULTS = (
         "serve_temperature_of_first_owner",
         "a row keeps the temperature of its first owner",
         _columns_of_first_owner(Column.TEMPERATURE),
-        True,
     ),
     _wrong(
         "serve_bias_slot_of_first_owner",
@@ -413,7 +412,6 @@ FAULTS = (
         "serve_mixed_step",
         "in a mixed step the last decoding row keeps its old token",
         ops(advance=_mixed_step),
-        True,
     ),
     _wrong("serve_by_batch", "logits waver with the number of rows", ops(logits=_by_batch)),
     _wrong("serve_by_row", "logits waver with the row", ops(logits=_by_row)),

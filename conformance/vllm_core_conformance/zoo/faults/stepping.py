@@ -361,19 +361,13 @@ VIEW = (
     _wrong("step_float_slots", "slots are computed in float32", _seen(_float_slots)),
     _wrong("step_short_slots", "slots have 16 bits", _seen(_short_slots)),
     _wrong("step_short_positions", "positions have 16 bits", _seen(_short_positions)),
-    _wrong(
-        "step_boundary_slot",
-        "a block's last slot becomes its first",
-        _seen(_boundary_slot),
-        worst=True,
-    ),
+    _wrong("step_boundary_slot", "a block's last slot becomes its first", _seen(_boundary_slot)),
     _wrong("step_far_ids", "ids are not clipped to the vocabulary", _seen(_far_ids)),
     _wrong("step_unreplaced", "-1 is token 0 instead of the row's last token", _seen(_unreplaced)),
     _wrong(
         "step_last_of_step_row",
         "last_token is read at the row of the step",
         _seen(_last_of_step_row),
-        worst=True,
     ),
     _wrong(
         "step_left_sequence", "a row's first token belongs to the row before", _seen(_left_sequence)
@@ -385,10 +379,7 @@ VIEW = (
 
 STATE = (
     _wrong(
-        "reset_zero_ignored",
-        "a reset to 0 tokens keeps the old count",
-        _given(_zero_not_reset),
-        worst=True,
+        "reset_zero_ignored", "a reset to 0 tokens keeps the old count", _given(_zero_not_reset)
     ),
     _wrong("reset_four_rows", "only four rows are reset in a step", _given(_first_reset)),
     _wrong("reset_short_params", "the last held ids are not reset", _given(_short_params)),
@@ -439,10 +430,7 @@ STATE = (
 
 ADVANCE = (
     _wrong(
-        "advance_only_drawn",
-        "a row that draws nothing does not move on",
-        _advanced(_only_drawn),
-        worst=True,
+        "advance_only_drawn", "a row that draws nothing does not move on", _advanced(_only_drawn)
     ),
     _wrong("advance_twice", "a decoding row moves on by two", _advanced(_twice)),
     _wrong("advance_scrap_to_zero", "padding moves row 0", _advanced(_scrap_to_zero)),
