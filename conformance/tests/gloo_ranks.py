@@ -1,4 +1,4 @@
-"""Judges the torch binding's groups over gloo in real processes: python gloo_ranks.py FOLDER WORLD...
+"""Judges the torch binding's groups over gloo in real processes: gloo_ranks.py FOLDER WORLD...
 
 One process imports torch and forks the ranks of each world, so that the import is paid once. Each
 rank writes what it found into the folder: {"checks": n} or {"failed": sentence}. A world "3-killed"
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from vllm_core.bindings.torch.convert import from_host, to_host
 from vllm_core_conformance.case import Evidence, Failed
 from vllm_core_conformance.cases.distributed_judge import judge_group, judge_lost_peer
 
-DTYPES = ("float32", "bfloat16", "float16", "float64", "int32")
+DTYPES = ("float32", "bfloat16", "float16", "int32")
 PATIENCE = 2.0
 """Declared seconds until a peer counts as lost."""
 DEADLINE = 60.0
@@ -48,7 +49,11 @@ def rank_main(folder: Path, world: str, rank: int) -> dict[str, object]:
     sizes = [int(size) for size in world.partition("-")[0].split("x")]
     count = int(np.prod(sizes))
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / world}.store", rank=rank, world_size=count
+        "gloo",
+        init_method=f"file://{folder / world}.store",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=DEADLINE),
     )
     if len(sizes) == 2:
         mesh = {"dp": sizes[0], "tp": sizes[1]}
@@ -72,7 +77,7 @@ def child(folder: Path, world: str, rank: int) -> None:
         found = rank_main(folder, world, rank)
     except Failed as failure:
         found = {"failed": failure.sentence}
-    except BaseException as error:  # noqa: BLE001  # the parent must hear of it
+    except BaseException as error:  # the parent must hear of it
         found = {"failed": f"{type(error).__name__}: {error}"}
     (folder / f"{world}.{rank}.json").write_text(json.dumps(found))
     os._exit(0)  # a group that lost a peer cannot be torn down in order

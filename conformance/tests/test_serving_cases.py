@@ -14,6 +14,7 @@ from vllm_core.bindings.numpy import NumpyOps, NumpyRuntime
 from vllm_core_conformance import tiny
 from vllm_core_conformance.cases import serving
 from vllm_core_conformance.cases.serving_draws import choices, philox_word
+from vllm_core_conformance.cases.serving_engine import serve
 from vllm_core_conformance.oracle import model as oracle
 from vllm_core_conformance.outcome import Result, execute
 from vllm_core_conformance.target import Source, Target
@@ -105,12 +106,16 @@ def by_loops(blueprint: oracle.Blueprint, weights: Any, tokens: list[int]) -> li
                 out.append(dot(p, values) / math.fsum(p))
         return out
 
-    xs = [[float(v) * blueprint.embedding_scale for v in weights["embed"]["weight"][t]]
-          for t in tokens]
+    xs = [
+        [float(v) * blueprint.embedding_scale for v in weights["embed"]["weight"][t]]
+        for t in tokens
+    ]
     if blueprint.position_offset is not None:
         table = weights["positions"]["weight"]
-        xs = [[a + float(b) for a, b in zip(x, table[t + blueprint.position_offset])]
-              for t, x in enumerate(xs)]
+        xs = [
+            [a + float(b) for a, b in zip(x, table[t + blueprint.position_offset])]
+            for t, x in enumerate(xs)
+        ]
     for facts, own in zip(blueprint.layers, weights["layers"], strict=True):
         qkvs = []
         for t, x in enumerate(xs):
@@ -171,7 +176,7 @@ def test_philox_gives_the_published_words() -> None:
 
 
 def request(**params: Any) -> Any:
-    served = tiny.serve(open_with(NumpyRuntime), tiny.PLAIN, 0)
+    served = serve(open_with(NumpyRuntime), tiny.PLAIN, 0)
     return served.request([1, 2], "r", **params)
 
 

@@ -23,6 +23,9 @@ from vllm_core_conformance.steps import Scene, Shape
 Numbers = NDArray[Any]
 Random = np.random.Generator
 
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
+"""Finite numbers of the short dtypes."""
+
 UNUSED, CACHED, NEW = 0, 1, 2
 """What a slot is to a step: nothing it may look at, read, written."""
 

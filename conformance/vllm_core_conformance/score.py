@@ -96,6 +96,8 @@ def judge(
     """
     if out.shape != exact.shape:
         raise Failed(f"{where or op}: shape {list(out.shape)}, expected {list(exact.shape)}")
+    if numeric_class not in CLASSES:
+        raise Failed(f"it declares numeric class {numeric_class!r}; there are {', '.join(CLASSES)}")
     limits = limits_of(op, dtype)
     multiplier = CLASSES[numeric_class]
     z = z_of(out, exact, noise, dtype, 1.0)

@@ -299,7 +299,7 @@ class Stage:
     def _program(self, layout: StepLayout) -> Any:
         runtime, shape, groups = self.target.runtime, self.shape, self.groups
         ops, attention, tables = runtime.ops, runtime.attention, runtime.block_tables
-        spec = self.group.spec
+        specs = tuple(group.spec for group in groups)  # planned together, as an engine does
 
         def fn(
             state: DeviceState, kv: Any, device_step: DeviceStep, *arrays: Any
@@ -307,8 +307,8 @@ class Stage:
             q, k, v = _split(arrays[0], shape) if shape.fused else arrays[:3]
             step = layout.unpack(device_step.buffer)
             view, state = ops.expand(tables, state, step, layout.block_tokens, VOCAB)
-            (plan,) = attention.plan(
-                state, view, step, layout.key, device_step.host_part, (spec,), groups
+            *_, plan = attention.plan(
+                state, view, step, layout.key, device_step.host_part, specs, groups
             )
             out, lse, kv = attention.attend(
                 kv,

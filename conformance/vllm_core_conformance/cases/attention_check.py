@@ -18,7 +18,7 @@ from vllm_core_conformance.inputs import REGIMES, Random, fill, lay_out
 from vllm_core_conformance.oracle.attention import Expected, attention
 from vllm_core_conformance.score import judge, require_equal
 from vllm_core_conformance.steps import Scene, Seen, Stage
-from vllm_core_conformance.target import Target
+from vllm_core_conformance.target import Target, wide
 
 Numbers = NDArray[Any]
 
@@ -108,6 +108,18 @@ def verify_padding(scene: Scene, seen: Seen) -> Evidence:
             off=int(wrong.sum()),
         )
     return Evidence(checks=int(padded.size))
+
+
+def verify_inputs(target: Target, scene: Scene, stage: Stage) -> Evidence:
+    """attend consumes the cache only: q, k and v of the last step are as they were."""
+    arrays = [x.reshape(scene.num_tokens, -1) for x in (scene.q, scene.k, scene.v)]
+    wanted = [np.concatenate(arrays, 1)] if scene.shape.fused else arrays
+    evidence = Evidence()
+    for what, got, want in zip("qkv", target.fetch(stage.inputs), wanted):
+        what = "fused q, k and v" if scene.shape.fused else what
+        kept = wide(got)[: scene.num_tokens].reshape(want.shape)
+        evidence += require_equal(kept, want, f"attend changed its argument {what}")
+    return evidence
 
 
 # ---------------------------------------------------------------- the cache

@@ -70,7 +70,7 @@ def _story(
             rank = rank if tells else 2
             return (
                 rank,
-                f"{who} returned {what}{_name(coded, row, found)}; expected {expected}",
+                f"{who} returned {what}{_name(coded, row, kv_head, found)}; expected {expected}",
                 cause,
             )
     same = float((np.sign(got) == coded.answers[token, head]).mean())
@@ -87,7 +87,7 @@ def _expected(coded: Coded, row: int, target: int) -> str:
     return f"token {target} (block {block} slot {target % size})"
 
 
-def _name(coded: Coded, row: int, found: Place) -> str:
+def _name(coded: Coded, row: int, kv_head: int, found: Place) -> str:
     scene, shape = coded.scene, coded.scene.shape
     own = [p for i, p in owners(scene, found.block, found.slot) if i == row]
     if own and own[0] < scene.seq_lens[row]:
@@ -95,9 +95,10 @@ def _name(coded: Coded, row: int, found: Place) -> str:
     else:
         what = "what lies " + name_slot(scene, found.block, found.slot)
         what = what.replace("what lies token", "token")
-    more = "" if found.layer == shape.layer else f" in layer {found.layer}"
-    old = ", before the step wrote it" if found.stale and _is_new(coded, found) else ""
-    return f"{what} (block {found.block} slot {found.slot}, kv head {found.head}{more}{old})"
+    more = "" if found.head == kv_head else f", kv head {found.head}"
+    more += "" if found.layer == shape.layer else f" in layer {found.layer}"
+    more += ", before the step wrote it" if found.stale and _is_new(coded, found) else ""
+    return f"{what} (block {found.block} slot {found.slot}{more})"
 
 
 def _is_new(coded: Coded, found: Place) -> bool:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from vllm_core.errors import InvalidArgument, NotSupported
 from vllm_core_conformance.case import Case, Evidence, Failed, require
-from vllm_core_conformance.cases.attention_check import play_and_verify, play_rows, verify
+from vllm_core_conformance.cases.attention_check import (
+    play_and_verify,
+    play_rows,
+    verify,
+    verify_inputs,
+)
 from vllm_core_conformance.cases.attention_shapes import Rows, batches, mixture, shape_of
 from vllm_core_conformance.inputs import REGIMES, fill, lay_out, random
-from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.steps import Stage
-from vllm_core_conformance.target import Raised, Target, wide
+from vllm_core_conformance.target import Raised, Target
 
 
 def _degenerate(target: Target, seed: int) -> Evidence:
@@ -102,12 +104,7 @@ def _inputs_kept(target: Target, seed: int) -> Evidence:
             stage = Stage(target, shape)
             stage.write_cache(scene)
             stage.play(scene)
-            arrays = [x.reshape(scene.num_tokens, -1) for x in (scene.q, scene.k, scene.v)]
-            wanted = [np.concatenate(arrays, 1)] if shape.fused else arrays
-            for what, got, want in zip("qkv", target.fetch(stage.inputs), wanted):
-                what = "fused q, k and v" if shape.fused else what
-                kept = wide(got)[: scene.num_tokens].reshape(want.shape)
-                evidence += require_equal(kept, want, f"attend changed its argument {what}")
+            evidence += verify_inputs(target, scene, stage)
     return evidence
 
 

@@ -59,7 +59,7 @@ def _numbers(
 
 CASES: tuple[Case, ...] = (
     _numbers("mixed", "mixed", "prompts, chunks and decoding rows in one step", more=SMOKE),
-    _numbers("decode", "decode", "two dozen decoding rows", decoding),
+    _numbers("decode", "decode", "dozens of decoding rows", decoding),
     _numbers("prompts", "prefill", "long chunks that end around tiles", _prompts),
     _numbers("one_kv_head", "mqa", "20 query heads on one KV head, sliced from one tensor"),
     _numbers("seven_per_group", "heads_7", "7 query heads on one KV head"),
@@ -77,6 +77,7 @@ CASES: tuple[Case, ...] = (
     _numbers("peaked", "mixed", "scores that single out few tokens", regime="peaked"),
     _numbers("huge", "mixed", "scores of 300 that differ by 2", regime="huge", more=SMOKE),
     _numbers("huge_sinks", "window_sinks", "sinks beside scores of 300", regime="huge"),
+    _numbers("huge_long", "long", "scores of 300 in contexts of 5,000", _thousands, "huge"),
     _numbers("tiny", "mixed", "queries, keys and values near the end of the range", regime="tiny"),
     _numbers(
         "outlier", "mixed", "one channel of K and one of V 1000 times larger", regime="outlier"

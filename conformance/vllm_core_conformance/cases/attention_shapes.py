@@ -71,7 +71,7 @@ class Recipe:
 
 RECIPES = {
     "mixed": Recipe((6, 2), 64, 0.1, 256, 12, 200, 640, lse=True, decoy_group=True),
-    "decode": Recipe((10, 2), 128, 0.07, 24, 24, 260, 2000, num_rows=160, layers=2),
+    "decode": Recipe((10, 2), 128, 0.07, 40, 40, 260, 2000, num_rows=160, layers=2),
     "mqa": Recipe((20, 1), 80, 0.15, 96, 8, 100, 400, fused=True),
     "heads_7": Recipe((7, 1), 96, 0.08, 96, 8, 100, 400, layers=2, layer=0),
     "largest_block": Recipe(
@@ -80,7 +80,9 @@ RECIPES = {
     "smallest_block": Recipe(
         (9, 3), 16, 0.3, 64, 10, 44, 280, longest_blocks=2, block="smallest", layers=2, fused=True
     ),
-    "window": Recipe((10, 2), 64, 0.11, 160, 10, 150, 560, window=(1, 5), lse=True),
+    "window": Recipe(
+        (10, 2), 64, 0.11, 160, 10, 150, 560, window=(1, 5), lse=True, decoy_group=True
+    ),
     "window_short": Recipe((12, 3), 64, 0.09, 64, 8, 90, 300, window=(0, 3), layers=2),
     "window_one": Recipe((6, 3), 32, 0.2, 64, 8, 60, 240, window=(0, 1), layers=2),
     "window_sinks": Recipe((12, 1), 64, 0.12, 64, 8, 150, 600, 7, window=(4, 3), sinks=True),

@@ -17,19 +17,17 @@ from numpy.typing import NDArray
 from vllm_core.backend import HostStep, KVGroup
 from vllm_core.ops import BucketKey
 from vllm_core_conformance.case import Case, Evidence, require
-from vllm_core_conformance.cases.attention_check import verify_cache
-from vllm_core_conformance.cases.attention_shapes import batches, mixture, shape_of
-from vllm_core_conformance.inputs import REGIMES, Random, fill, lay_out, random
-from vllm_core_conformance.oracle.attention import cache_after
+from vllm_core_conformance.cases import kv_steps
+from vllm_core_conformance.cases.attention_shapes import shape_of
+from vllm_core_conformance.inputs import LARGEST, Random, random
 from vllm_core_conformance.score import require_equal
-from vllm_core_conformance.steps import Scene, Shape, Stage
+from vllm_core_conformance.steps import Shape
 from vllm_core_conformance.target import Target, calling, numpy_dtype, wide
 
 Numbers = NDArray[Any]
 Blocks = dict[str, Numbers]
 
 AXES = ("layer", "block", "token", "head", "dim")
-LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 
 
 class Cache:
@@ -201,75 +199,8 @@ def _fresh(target: Target, seed: int) -> Evidence:
     return evidence
 
 
-# ---------------------------------------------------------------- written by steps
-WRITTEN = ("mixed", "mqa", "heads_7", "largest_block", "smallest_block", "window", "narrow")
-
-
-def _written(target: Target, seed: int) -> Evidence:
-    rng, evidence = random(seed, "kv.written"), Evidence()
-    for place, name in enumerate(WRITTEN):
-        shape = shape_of(target, name)
-        if shape.window is not None and not target.caps.windows:
-            continue
-        for step in batches(target, mixture(target, name, rng)):
-            layout = lay_out(shape, rng, step)
-            scene = fill(layout, rng, REGIMES["normal"], target.round, target.dtype)
-            for x in (scene.k, scene.v):  # what arithmetic would not keep
-                x[rng.random(x.shape) < 0.05] = -0.0
-                x[rng.random(x.shape) < 0.02] = 2.0**-14
-                x[rng.random(x.shape) < 0.02] = -LARGEST["float16"]
-                x[:] = target.round(x)
-            scene.padding = (np.nan, 7.0)[place % 2]
-            scene.exact_shapes = place % 3 == 2
-            stage = Stage(target, shape)
-            stage.write_cache(scene)
-            evidence += _verify(scene, stage)
-    return evidence
-
-
-def _verify(scene: Scene, stage: Stage) -> Evidence:
-    seen = stage.play(scene)
-    keys, values = cache_after(scene)
-    keys[0] = values[0] = 0.0
-    return verify_cache(scene, seen, keys, values)
-
-
-def _chunks(target: Target, seed: int) -> Evidence:
-    """One prompt in chunks and then token by token, beside another row: the same cache."""
-    rng, evidence = random(seed, "kv.chunks"), Evidence()
-    shape = shape_of(target, "mixed")
-    with calling("constraints"):
-        multiple = target.runtime.constraints().chunk_multiple
-    size, odd = shape.block_tokens, 1 + int(rng.integers(shape.block_tokens))
-    chunks = [size, odd, 2, 1, 1, 1] if multiple == 1 else [multiple, multiple, 1, 1, 1]
-    total = sum(chunks)
-    whole = lay_out(shape, rng, [(0, total)])
-    scene = fill(whole, rng, REGIMES["normal"], target.round, target.dtype)
-    stage = Stage(target, shape)
-    stage.write_cache(scene)
-    keys, values = cache_after(scene)
-    keys[0] = values[0] = 0.0
-    done = 0
-    for count in chunks:
-        here = slice(done, done + count)
-        part = replace(
-            scene,
-            cached=np.array([done]),
-            query=np.array([count]),
-            q=scene.q[here],
-            k=scene.k[here],
-            v=scene.v[here],
-            padding=np.nan,
-        )
-        seen = stage.play(part)
-        done += count
-    evidence += verify_cache(scene, seen, keys, values)
-    return evidence
-
-
 # ---------------------------------------------------------------- facts
 def _facts(target: Target, seed: int) -> Evidence:
-    """Block sizes, bytes, fingerprints, host plans."""
     attention, evidence = target.runtime.attention, Evidence()
     shape = shape_of(target, "decode")
     (group,) = shape.groups(target.dtype)
@@ -391,13 +322,6 @@ CASES: tuple[Case, ...] = (
     _case("import_few", "an import changes its own blocks only", _import_few),
     _case("copy", "a copied block is the source's in all layers, K and V", _copy, smoke=True),
     _case("two_caches", "caches are apart, and blocks move between them", _fresh),
-    _case(
-        "written",
-        "a step writes K and V of its tokens at their slots, in its layer, and nothing else",
-        _written,
-        smoke=True,
-    ),
-    _case("chunks", "chunks and single tokens leave the cache of one whole prompt", _chunks),
     _case("facts", "block sizes, bytes and fingerprints are what pools are planned with", _facts),
     _case(
         "fingerprint_dtypes",
@@ -405,4 +329,5 @@ CASES: tuple[Case, ...] = (
         _other_dtypes,
         every=False,
     ),
+    *kv_steps.CASES,
 )

@@ -81,7 +81,12 @@ class Crowd:
     top_k: int
 
 
-SPREAD = (Crowd(1, 3, 1, 1, 1), Crowd(9, 24, 17, 5, 2), Crowd(33, 64, 48, 12, 4))
+SPREAD = (
+    Crowd(1, 3, 1, 1, 1),
+    Crowd(9, 24, 17, 5, 2),
+    Crowd(33, 64, 48, 12, 4),
+    Crowd(130, 16, 9, 3, 2),
+)
 CROWDED = Crowd(130, 40, 33, 6, 2)
 
 

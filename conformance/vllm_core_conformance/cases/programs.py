@@ -83,6 +83,7 @@ def replay_params(target: Target, rng: np.random.Generator) -> Evidence:
     sessions = [Session(target, rng) for _ in models]
     evidence = Evidence()
     for session in sessions:
+        session.rivals = models
         session.admit(1, 6)
         session.admit(5, 2)
     work = [[(1, 6), (5, 2)]] + [[(5, 1), (1, 1)]] * 4

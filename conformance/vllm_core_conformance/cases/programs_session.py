@@ -82,6 +82,8 @@ class Session:
         self.forced: dict[int, int] = {}
         """Bias slot -> the only token it lets through."""
         self.log: list[Pending] = []
+        self.rivals: list[Weights] = []
+        """Parameters of other calls, which a token may betray."""
 
     # ---- the host's side
     def admit(self, row: int, length: int, bias_slot: int = BIAS_SLOTS) -> Request:
@@ -256,8 +258,7 @@ class Session:
             if place < len(earlier.tokens) and earlier.tokens[place] == got:
                 text += f"; step {earlier.number} drew that in the same place: an old result?"
                 break
-        others = list({id(p.weights): p.weights for p in self.log}.values())
-        if want >= 0 and any(w.successor[inverse[want]] == got for w in others):
+        if want >= 0 and any(w.successor[inverse[want]] == got for w in self.rivals):
             text += "; the parameters of another call would have drawn it"
         if 0 <= got < VOCAB:
             at = [i for i, token in enumerate(context) if token == inverse[got]]

@@ -205,6 +205,8 @@ def features(target: Target, seed: int) -> Evidence:
     for least, _ in COARSER:
         logits = awkward_logits(rng, VOCAB)
         logits[np.abs(logits) < 1e-30] = 0
+        if least.penalties:
+            logits = np.round(rng.normal(size=(ROWS, VOCAB)) * 96) / 64
         requests: list[Request] = []
         for x in logits:
             request = awkward_request(rng, VOCAB, x)
@@ -214,6 +216,10 @@ def features(target: Target, seed: int) -> Evidence:
                 request = replace(request, top_k=0, top_p=1.0, min_p=0.0)
             if not least.bias:
                 request = replace(request, bias={})
+            if least.penalties:  # in steps of 1/64: no rounding
+                tokens = tuple(rng.integers(0, 12, 30).tolist())
+                request = replace(request, position=None, tokens=tokens, prompt_len=20)
+                request = replace(request, presence=0.5, frequency=0.25, repetition=2.0)
             requests.append(request)
         one = sample(target, logits, requests, least)
         judge.look(logits, requests, *one)
@@ -239,7 +245,7 @@ def neighbours(target: Target, seed: int) -> Evidence:
         again, _ = sample(target, others, mixed)
         for place, row in zip(places.tolist(), half.tolist()):
             judge.look(logits[row : row + 1], [requests[row]], again[place : place + 1])
-            if again[place] != first[row]:
+            if again[place] != first[row] and np.isfinite(logits[row].max()):
                 require(
                     judge.edges > 0,
                     f"row {row} drew {first[row]}, and {again[place]} at place {place} of another "

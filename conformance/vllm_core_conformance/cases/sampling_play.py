@@ -181,11 +181,12 @@ def _words(r: Request) -> str:
 
 # ---------------------------------------------------------------- what hurts
 def awkward_logits(rng: np.random.Generator, vocab: int, rows: int = ROWS) -> Numbers:
-    """Ties by the hundred, bans, denormals, huge values, single candidates; float32 values."""
+    """Ties by the hundred, bans, denormals, huge values, single candidates, a broken row; float32
+    values."""
     x = rng.normal(size=(rows, vocab)) * rng.choice([0.1, 1, 4, 20], (rows, 1))
-    start = int(rng.integers(11))
+    start = int(rng.integers(12))
     for row in range(rows):
-        kind = (row + start) % 11
+        kind = (row + start) % 12
         if kind == 1:
             x[row] = np.round(x[row] * 2) / 2
         elif kind == 2:
@@ -206,6 +207,8 @@ def awkward_logits(rng: np.random.Generator, vocab: int, rows: int = ROWS) -> Nu
             x[row] = -1e4 + np.round(x[row])
         elif kind == 9:  # untrained ids, all equal
             x[row] = np.where(rng.random(vocab) < 0.9, x[row].max(), x[row])
+        elif kind == 10:  # a fault of this row alone
+            x[row, rng.integers(vocab)] = rng.choice([np.nan, np.inf])
     with np.errstate(under="ignore"):
         return np.asarray(x.astype(np.float32).astype(np.float64))
 

@@ -10,7 +10,7 @@ Knows: chi-square tests. Does not know: how the draws are made.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vllm_core.ops import Column, Features
 from vllm_core_conformance.case import Case, Evidence, Failed, require
 from vllm_core_conformance.cases.ops_call import rng_of
+from vllm_core_conformance.cases.sampling_play import Judge
 from vllm_core_conformance.oracle.sampling import Request, chi_square, pack, survival
 from vllm_core_conformance.target import Target
 
@@ -155,6 +156,20 @@ def positions(target: Target, seed: int) -> Evidence:
     return _two_stages("along positions", target, "sampling.statistics.positions", seed, experiment)
 
 
+def exactly(target: Target, seed: int) -> Evidence:
+    """Thousands of draws at temperatures that no short float holds, each held to the integers: a
+    weight that is a little wrong moves a few of them."""
+    rng, judge = rng_of("sampling.draw.many", seed), Judge("draws at awkward temperatures")
+    sampler, logits = Sampler(target), LOGITS.astype(np.float64)[None]
+    for _ in range(2):
+        request = Request(seed=_seed(rng), temperature=float(rng.uniform(0.4, 2.5)))
+        place = np.arange(BATCH) + int(rng.integers(2**20))
+        tokens = sampler.draw(request, positions=place)
+        requests = [replace(request, position=int(at)) for at in place]
+        judge.look(np.repeat(logits, BATCH, 0), requests, tokens)
+    return judge.done()
+
+
 def seeds(target: Target, seed: int) -> Evidence:
     def experiment(sampler: Sampler, count: int, rng: np.random.Generator) -> Any:
         p, base = _probability(), int(rng.integers(2**40))
@@ -213,6 +228,12 @@ def filters(target: Target, seed: int) -> Evidence:
 _CORE = frozenset({"core"})
 
 CASES: tuple[Case, ...] = (
+    Case(
+        "sampling.draw.many",
+        "divides by the temperature in full precision: thousands of draws are exact",
+        exactly,
+        _CORE,
+    ),
     Case(
         "sampling.statistics.positions",
         "draws independently and by the asked distribution along a sequence",

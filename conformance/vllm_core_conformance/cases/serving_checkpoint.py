@@ -20,10 +20,11 @@ from vllm_core.models.registry import find_recipe
 from vllm_core.weights.loader import load_params
 from vllm_core.weights.source import open_safetensors
 from vllm_core_conformance.case import Evidence
+from vllm_core_conformance.cases.serving_engine import Setup, run, serve
 from vllm_core_conformance.cases.serving_judge import Judge
 from vllm_core_conformance.oracle.model import Blueprint, Layer
 from vllm_core_conformance.target import Target, calling, numpy_dtype
-from vllm_core_conformance.tiny import VOCAB, Setup, run, serve
+from vllm_core_conformance.tiny import VOCAB
 
 Numbers = NDArray[Any]
 

@@ -22,9 +22,9 @@ from vllm_core.engine.request import Request
 from vllm_core.ops import Logprobs
 from vllm_core_conformance.case import Evidence, Failed, Measure, require
 from vllm_core_conformance.cases.serving_draws import Choice, adjusted, choices
+from vllm_core_conformance.cases.serving_engine import Served, Stream, Streams
 from vllm_core_conformance.oracle import model as oracle
 from vllm_core_conformance.score import CLASSES, ROUNDOFF, limits_of
-from vllm_core_conformance.tiny import Served, Stream, Streams
 
 Numbers = NDArray[Any]
 

@@ -14,10 +14,11 @@ import numpy as np
 from vllm_core.engine.core import EngineCore
 from vllm_core.engine.request import Request
 from vllm_core_conformance.case import Evidence
+from vllm_core_conformance.cases.serving_engine import Served, Setup, Streams, one_step, serve, take
 from vllm_core_conformance.cases.serving_judge import Judge
 from vllm_core_conformance.oracle.model import Blueprint
 from vllm_core_conformance.target import Target
-from vllm_core_conformance.tiny import VOCAB, Served, Setup, Streams, one_step, serve, take
+from vllm_core_conformance.tiny import VOCAB
 
 NUM_ACTIONS = 70
 MAX_TAIL, MAX_ANSWER = 8, 11

@@ -220,10 +220,11 @@ class Play:
             history = np.tile(np.array([world.num_slots, 0, 0], np.int32), (AHEAD, 1))
             part = np.array(told[at : at + AHEAD], np.int32).reshape(-1, 3)
             history[: len(part)] = part
+            oracle.apply(self.twin, list(tables), history)
             arrays = target.array(tables), target.array(history)
+            tables[...], history[...] = -(2**20), -(2**20)  # asarray copies
             with calling("program 'apply'"):
                 (self.state,) = run(self.state, *arrays)
-            oracle.apply(self.twin, list(tables), history)
 
     def run(self, buffer: Numbers, host: HostStep, drawn: Numbers) -> None:
         """One packed step through `upload`, and the comparison of all that follows."""

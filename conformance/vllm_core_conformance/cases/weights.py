@@ -80,8 +80,10 @@ def round_trip(target: Target, seed: int) -> Evidence:
             if has_bias:
                 tensors["bias"] = _host(rng, shape[:1], dtype)
             what = f"{role} {list(shape)} from {dtype}"
-            part = Part("dense", tensors, shape[0])
-            param = target.load(ParamSpec("w", shape, role), [part])
+            given = {name: np.array(x, order="F") for name, x in tensors.items()}
+            param = target.load(ParamSpec("w", shape, role), [Part("dense", given, shape[0])])
+            for host in given.values():
+                host[...] = 3  # the loader's memory is its own again
             evidence += _unloaded(target, param, tensors, role, what)
     return evidence
 
@@ -143,15 +145,26 @@ def _judge_linear(
 
 
 def lazy_roles(target: Target, seed: int) -> Evidence:
-    """Each role from lazy arrays, and embeddings, norms and experts in parts along axis 0."""
+    """Each role from lazy arrays, in two parts along axis 0; all tensors of a part are joined."""
     rng, evidence = rng_of("weights.parts.roles", seed), Evidence()
-    for role, shape in (("embedding", (11, 6)), ("norm", (9,)), ("experts", (5, 6, 3))):
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = (
+        ("linear", (10, 7)),
+        ("embedding", (11, 6)),
+        ("norm", (9,)),
+        ("experts", (5, 6, 3)),
+    )
+    for role, shape in shapes:
         cut = int(rng.integers(1, shape[0]))
-        host = _host(rng, shape, "float32")
-        pieces = [Part("dense", _lazily({"weight": x}), len(x)) for x in (host[:cut], host[cut:])]
+        hosts = {"weight": _host(rng, shape, "float32")}
+        if role in ("linear", "norm"):
+            hosts["bias"] = _host(rng, shape[:1], "float32")
+        pieces = [
+            Part("dense", _lazily({name: x[part] for name, x in hosts.items()}), size)
+            for part, size in ((slice(0, cut), cut), (slice(cut, None), shape[0] - cut))
+        ]
         param = target.load(ParamSpec("w", shape, role), pieces)
         what = f"{role} {list(shape)} in lazy parts of {cut} and {shape[0] - cut}"
-        evidence += _unloaded(target, param, {"weight": host}, role, what)
+        evidence += _unloaded(target, param, hosts, role, what)
     return evidence
 
 

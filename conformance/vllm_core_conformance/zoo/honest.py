@@ -5,12 +5,21 @@ Knows: kernels, runtimes. Does not know: cases, faults.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from vllm_core.backend import OpenConfig, Runtime
+from vllm_core.backend import (
+    KV,
+    AttentionPlan,
+    AttentionSpec,
+    KVGroup,
+    OpenConfig,
+    Runtime,
+)
 from vllm_core.bindings.numpy import NumpyOps
+from vllm_core.errors import InvalidArgument, NotSupported
 from vllm_core.ops import Array, HostArray, Param
 from vllm_core_conformance.zoo.kernel import HostLengths, Kernel, wide
 from vllm_core_conformance.zoo.runtime import (
@@ -56,14 +65,14 @@ class WholeRowKernel(HostLengths):
     LAYOUT = (0, 2, 1, 4, 5, 3)
 
     def dot(self, q: HostArray, keys: HostArray) -> HostArray:
-        return np.einsum("hnd,hld->hnl", q, keys, optimize=False)
+        return np.asarray(np.einsum("hnd,hld->hnl", q, keys, optimize=False))
 
     def exp(self, x: HostArray) -> HostArray:
         y: HostArray = np.exp2(x * LOG2E.astype(x.dtype))
         return y
 
     def weighed(self, p: HostArray, values: HostArray) -> HostArray:
-        return np.einsum("hnl,hld->hnd", p, values, optimize=False)
+        return np.asarray(np.einsum("hnl,hld->hnd", p, values, optimize=False))
 
 
 class BlockedOps(NumpyOps):
@@ -107,6 +116,50 @@ class BlockedOps(NumpyOps):
         return (gate * (0.5 * (1 + np.tanh(gate / 2))) * y[:, half:]).astype(x.dtype)
 
 
+class CoarseKernel(Kernel):
+    """Scores in the model's dtype, which is class B where that has 16 bits."""
+
+    def dot(self, q: HostArray, keys: HostArray) -> HostArray:
+        return np.asarray(super().dot(q, keys).astype(self.dtype).astype(q.dtype))
+
+
+class ModestKernel(Kernel):
+    """Blocks of 32 and 64 only, and nothing that is optional."""
+
+    def block_tokens(self, spec: AttentionSpec) -> tuple[int, ...]:
+        return (32, 64)
+
+    def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
+        for group in groups:
+            if group.block_tokens not in (32, 64):
+                raise NotSupported(f"blocks of {group.block_tokens} tokens; offered are 32 and 64")
+            if group.spec.dim_qk > 128:
+                raise NotSupported(f"heads of {group.spec.dim_qk}; at most 128 here")
+            if group.spec.dim_v != group.spec.dim_qk:
+                raise NotSupported("this layout needs V heads as wide as K heads")
+            if group.spec.window is not None or group.spec.softcap is not None:
+                raise NotSupported("no windows and no softcap here")
+        return super().alloc(groups, num_blocks)
+
+    def attend(
+        self,
+        kv: KV,
+        layer: Array | int,
+        q: Array,
+        k: Array,
+        v: Array,
+        plan: AttentionPlan,
+        *,
+        sinks: Array | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Array, Array | None, KV]:
+        if sinks is not None and return_lse:
+            raise InvalidArgument("return_lse with sinks")
+        if sinks is not None or return_lse:
+            raise NotSupported("no sinks and no log-sum-exp here")
+        return super().attend(kv, layer, q, k, v, plan)
+
+
 class FlashRuntime(ZooRuntime):
     ATTENTION = FlashKernel
 
@@ -118,6 +171,26 @@ class SplitRuntime(BucketRuntime):
 class WholeRowRuntime(GraphRuntime):
     ATTENTION = WholeRowKernel
     OPS = BlockedOps
+
+
+class CoarseRuntime(ZooRuntime):
+    ATTENTION = CoarseKernel
+    CAPS = replace(ZooRuntime.CAPS, numeric_class="B")
+
+
+class ModestRuntime(ZooRuntime):
+    """Declares little, and says so."""
+
+    ATTENTION = ModestKernel
+    CAPS = replace(
+        ZooRuntime.CAPS,
+        dtypes=frozenset({"float32"}),
+        max_head_dim=128,
+        softcap=False,
+        windows=False,
+        sinks=False,
+        return_lse=False,
+    )
 
 
 class AllDtypesRuntime(ZooRuntime):
@@ -137,6 +210,8 @@ HONEST: dict[str, Open] = {
     "honest_split": SplitRuntime,
     "honest_whole_row": WholeRowRuntime,
     "honest_plain": AllDtypesRuntime,
+    "honest_coarse": CoarseRuntime,
+    "honest_modest": ModestRuntime,
     "honest_reference": reference,
     "honest_torch": torch_open,
     "honest_jax": jax_open,
@@ -148,4 +223,6 @@ def dtypes_of(name: str) -> tuple[str, ...]:
     """Dtypes in which the honest zoo is judged."""
     if name == "honest_reference":
         return ("float32", "float64")
+    if name == "honest_modest":
+        return ("float32",)
     return ("float32", "bfloat16", "float16")

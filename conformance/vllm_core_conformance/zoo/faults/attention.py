@@ -26,23 +26,23 @@ class BlockRoundsUp(Kernel):
     def blocks(self, row: Row, j: HostArray, plan: AttentionPlan) -> HostArray:
         size, tables = plan.group.block_tokens, plan.arrays.tables
         column = np.minimum((j + 1) // size, tables.shape[1] - 1)
-        return tables[row.index, np.where(j + 1 < row.length, column, j // size)]
+        return np.asarray(tables[row.index, np.where(j + 1 < row.length, column, j // size)])
 
 
-@kernel("slots are counted modulo 16 whatever the size of a block", worst=True)
+@kernel("slots are counted modulo 16 whatever the size of a block")
 class SlotModulo16(Kernel):
     def offsets(self, j: HostArray, plan: AttentionPlan) -> HostArray:
-        return np.minimum(j % 16, plan.group.block_tokens - 1)
+        return np.asarray(np.minimum(j % 16, plan.group.block_tokens - 1))
 
 
 @kernel("block ids are taken to be consecutive from the first one on", worst=True)
 class ConsecutiveBlocks(Kernel):
     def blocks(self, row: Row, j: HostArray, plan: AttentionPlan) -> HostArray:
         first = plan.arrays.tables[row.index, 0] + j // plan.group.block_tokens
-        return first % (plan.arrays.tables.max() + 1)
+        return np.asarray(first % (plan.arrays.tables.max() + 1))
 
 
-@kernel("the table is read with the width that the first step had", worst=True)
+@kernel("the table is read with the width that the first step had")
 class FirstTableStride(Kernel):
     stride = 0
 
@@ -50,7 +50,7 @@ class FirstTableStride(Kernel):
         tables = plan.arrays.tables
         self.stride = self.stride or tables.shape[1]
         flat = row.index * self.stride + j // plan.group.block_tokens
-        return tables.ravel()[np.minimum(flat, tables.size - 1)]
+        return np.asarray(tables.ravel()[np.minimum(flat, tables.size - 1)])
 
 
 @kernel("tables are taken in the order of the state's rows, not of the step's", worst=True)
@@ -62,7 +62,7 @@ class TablesInStateOrder(Kernel):
         return np.resize(table, (len(step.row), table.shape[1]))
 
 
-@kernel("tables of the first KV group serve every group", worst=True)
+@kernel("tables of the first KV group serve every group")
 class TablesOfFirstGroup(Kernel):
     def tables(
         self, state: DeviceState, step: StepInput, key: BucketKey, spec: AttentionSpec
@@ -75,7 +75,7 @@ class PartialBlockLost(Kernel):
     def blocks(self, row: Row, j: HostArray, plan: AttentionPlan) -> HostArray:
         size = plan.group.block_tokens
         column = np.minimum(j // size, max(row.length // size - 1, 0))
-        return plan.arrays.tables[row.index, column]
+        return np.asarray(plan.arrays.tables[row.index, column])
 
 
 @kernel("cached tokens behind the last whole block are left out of a prefill behind a prefix")
@@ -121,7 +121,9 @@ class SlotWraps(Kernel):
 @kernel("the table beyond the 64th column is not read")
 class TableCutAt64(Kernel):
     def blocks(self, row: Row, j: HostArray, plan: AttentionPlan) -> HostArray:
-        return plan.arrays.tables[row.index, np.minimum(j // plan.group.block_tokens, 63)]
+        return np.asarray(
+            plan.arrays.tables[row.index, np.minimum(j // plan.group.block_tokens, 63)]
+        )
 
 
 # ---------------------------------------------------------------- lengths
@@ -138,7 +140,7 @@ class OnePastTheEnd(Kernel):
         return np.append(j, row.length) if row.num_queries == 1 else j
 
     def visible(self, row: Row, j: HostArray, spec: AttentionSpec) -> HostArray:
-        return super().visible(row, j, spec) | (j == row.length)
+        return np.asarray(super().visible(row, j, spec) | (j == row.length))
 
     def blocks(self, row: Row, j: HostArray, plan: AttentionPlan) -> HostArray:
         return super().blocks(row, _within_table(j, plan), plan)
@@ -187,7 +189,9 @@ class CausalTopLeft(Kernel):
 class CausalStrict(Kernel):
     def visible(self, row: Row, j: HostArray, spec: AttentionSpec) -> HostArray:
         own = j == self.positions(row)[:, None]
-        return super().visible(row, j, spec) & ~(own & (row.num_queries > 1) & spec.causal)
+        return np.asarray(
+            super().visible(row, j, spec) & ~(own & (row.num_queries > 1) & spec.causal)
+        )
 
 
 @kernel("a query of a prefill sees the position after its own", worst=True)
@@ -198,10 +202,10 @@ class CausalPlusOne(Kernel):
 
     def visible(self, row: Row, j: HostArray, spec: AttentionSpec) -> HostArray:
         t = self.positions(row)[:, None]
-        return super().visible(row, j, spec) | ((j == t + 1) & (j < row.length))
+        return np.asarray(super().visible(row, j, spec) | ((j == t + 1) & (j < row.length)))
 
 
-@kernel("chunks of a prefill behind a cached prefix have no causal mask", worst=True)
+@kernel("chunks of a prefill behind a cached prefix have no causal mask")
 class NoMaskBehindPrefix(Kernel):
     QUERIES = 1 << 30
 
@@ -235,7 +239,7 @@ class WindowPlusOne(Kernel):
         return super().keys_of(row, _windowed(spec, +1))
 
 
-@kernel("the window is one token too short", worst=True)
+@kernel("the window is one token too short")
 class WindowMinusOne(Kernel):
     def visible(self, row: Row, j: HostArray, spec: AttentionSpec) -> HostArray:
         return super().visible(row, j, _windowed(spec, -1))
@@ -262,7 +266,7 @@ class WindowIgnoredInDecode(Kernel):
         return replace(spec, window=None) if row.num_queries == 1 else spec
 
 
-@kernel("the window is ignored", worst=True)
+@kernel("the window is ignored")
 class WindowIgnored(Kernel):
     def visible(self, row: Row, j: HostArray, spec: AttentionSpec) -> HostArray:
         return super().visible(row, j, replace(spec, window=None))
@@ -288,7 +292,7 @@ class WindowOfFirstSpec(Kernel):
         return tuple(replace(p, spec=replace(p.spec, window=plans[0].spec.window)) for p in plans)
 
 
-@kernel("in a mixed step the prefills get the mask of decoding rows: none", worst=True)
+@kernel("in a mixed step the prefills get the mask of decoding rows: none")
 class MixedStepLosesMask(Kernel):
     QUERIES = 1 << 30
     is_mixed = False
@@ -337,7 +341,7 @@ class ReadsLayerZero(Kernel):
         return super().gather(cache, 0, row, j, plan)
 
 
-@kernel("K and V change places for heads that are no multiple of 64 wide", worst=True)
+@kernel("K and V change places for heads that are no multiple of 64 wide")
 class SwappedForOddDims(Kernel):
     def gather(
         self, cache: HostArray, layer: int, row: Row, j: HostArray, plan: AttentionPlan
@@ -400,7 +404,7 @@ class Key256Twice(Kernel):
 @kernel("of more than 512 keys the 513th is left out, between two parts")
 class Key512Lost(Kernel):
     def visible(self, row: Row, j: HostArray, spec: AttentionSpec) -> HostArray:
-        return super().visible(row, j, spec) & (j != 512)
+        return np.asarray(super().visible(row, j, spec) & (j != 512))
 
 
 @kernel("keys behind the 1024th are never read")
@@ -433,7 +437,7 @@ class StridedQueries(Kernel):
 
 
 def _within_table(j: HostArray, plan: AttentionPlan) -> HostArray:
-    return np.minimum(j, plan.arrays.tables.shape[1] * plan.group.block_tokens - 1)
+    return np.asarray(np.minimum(j, plan.arrays.tables.shape[1] * plan.group.block_tokens - 1))
 
 
 def _windowed(spec: AttentionSpec, more: int) -> AttentionSpec:

@@ -63,7 +63,7 @@ def _refuses(bit: str) -> type[Kernel]:
     return Refusing
 
 
-@runtime("softcap is declared and refused", expected=LIE, worst=True)
+@runtime("softcap is declared and refused", expected=LIE)
 class DeclaresSoftcapRefuses(ZooRuntime):
     ATTENTION = _refuses("softcap")
 
@@ -118,13 +118,13 @@ class RefusesOddGroups(ZooRuntime):
 
 
 # ---------------------------------------------------------------- undeclared, accepted, wrong
-@runtime("softcap is not declared, yet accepted and ignored", expected=LIE, worst=True)
+@runtime("softcap is not declared, yet accepted and ignored", expected=LIE)
 class UndeclaredSoftcapIgnored(ZooRuntime):
     CAPS = replace(CAPS, softcap=False)
     ATTENTION = SoftcapIgnored
 
 
-@runtime("windows are not declared, yet accepted and ignored", expected=LIE, worst=True)
+@runtime("windows are not declared, yet accepted and ignored", expected=LIE)
 class UndeclaredWindowIgnored(ZooRuntime):
     CAPS = replace(CAPS, windows=False)
     ATTENTION = WindowIgnored
@@ -152,7 +152,7 @@ class UndeclaredDimCut(ZooRuntime):
 
 
 # ---------------------------------------------------------------- dtypes
-@runtime("bfloat16 is declared; the arrays are float32", expected=LIE, worst=True)
+@runtime("bfloat16 is declared; the arrays are float32", expected=LIE)
 class Bfloat16IsFloat32(ZooRuntime):
     def __init__(self, config: OpenConfig) -> None:
         super().__init__(config)
@@ -207,7 +207,7 @@ class NumericClassD(ZooRuntime):
     CAPS = replace(CAPS, numeric_class="D")
 
 
-@runtime("the default dtype is not among those declared", expected=LIE, worst=True)
+@runtime("the default dtype is not among those declared", expected=LIE)
 class DefaultDtypeUndeclared(ZooRuntime):
     CAPS = replace(CAPS, default_dtype="float64")
 
@@ -251,7 +251,7 @@ class OneRowIsDifferent(ZooRuntime):
             return (out if param.get("bias") is None else out + wide(param["bias"])).astype(x.dtype)
 
 
-@runtime("static shapes are declared without buckets", expected=LIE, worst=True)
+@runtime("static shapes are declared without buckets", expected=LIE)
 class StaticWithoutBuckets(ZooRuntime):
     CAPS = replace(CAPS, static_shapes=True)
 
@@ -261,7 +261,7 @@ class ExactLengthsWithoutPlan(ZooRuntime):
     CAPS = replace(CAPS, exact_host_lengths=True)
 
 
-@runtime("bits that the seam reserves are declared", expected=LIE, worst=True)
+@runtime("bits that the seam reserves are declared", expected=LIE)
 class DeclaresReserved(ZooRuntime):
     CAPS = replace(CAPS, max_drafts=4, tree=True)
 
@@ -312,7 +312,7 @@ class NoArgumentForSinks(ZooRuntime):
             return super().attend(kv, layer, q, k, v, plan, return_lse=return_lse)
 
 
-@collection.open("over torch: softcap is declared and dropped", expected=LIE, worst=True)
+@collection.open("over torch: softcap is declared and dropped", expected=LIE)
 def torch_drops_softcap(config: OpenConfig) -> Runtime:
     opened: Runtime = torch_open(config)
     right = opened.attention.plan

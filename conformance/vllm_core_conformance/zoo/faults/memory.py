@@ -161,14 +161,6 @@ class NullBlockNotAllocated(Kernel):
         return super().alloc(groups, {pool: n - 1 for pool, n in num_blocks.items()})
 
 
-@kernel("pools are numbered by the order of the groups, not by their ids", worst=True)
-class PoolsByGroupOrder(Kernel):
-    def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
-        kv = super().alloc(groups, num_blocks)
-        order = list(dict.fromkeys(group.pool for group in groups))
-        return tuple(kv[sorted(order).index(pool)] for pool in order)
-
-
 @collection.open("over torch: block_bytes leaves out V")
 def torch_bytes_of_keys_only(config: OpenConfig) -> Runtime:
     opened: Runtime = torch_open(config)

@@ -42,7 +42,7 @@ kernel = collection.kernel
 
 
 # ---------------------------------------------------------------- captured graphs
-@runtime("a replayed graph keeps the host's lengths of its capture", worst=True)
+@runtime("a replayed graph keeps the host's lengths of its capture")
 class CapturedHostLengths(GraphRuntime):
     ATTENTION = HostLengths
 
@@ -52,7 +52,7 @@ class CapturedHostLengths(GraphRuntime):
         return super().filled(place, held, value)
 
 
-@runtime("a replayed graph keeps the step's packed buffer of its capture", worst=True)
+@runtime("a replayed graph keeps the step's packed buffer of its capture")
 class CapturedStep(GraphRuntime):
     def filled(self, place: int, held: Any, value: Any) -> Any:
         return held if isinstance(held, DeviceStep) else super().filled(place, held, value)
@@ -75,7 +75,8 @@ class LargeArgumentsCutShort(GraphRuntime):
 @runtime("results of a replayed graph lie in its own buffers, which the next replay overwrites")
 class ResultsInGraphBuffers(GraphRuntime):
     def compile(self, program: Program, key: BucketKey | None) -> Executable:
-        run, kept = super().compile(program, key), {}
+        run = super().compile(program, key)
+        kept: dict[Any, Any] = {}
         first = len(program.consumes)
 
         def replay(*args: Any) -> tuple[Any, ...]:
@@ -142,7 +143,7 @@ class FirstCallIsCapture(ZooRuntime):
         return call
 
 
-@runtime("programs of one name and key are taken to be one program", worst=True)
+@runtime("programs of one name and key are taken to be one program")
 class ProgramsByName(ZooRuntime):
     def __init__(self, config: OpenConfig) -> None:
         super().__init__(config)
@@ -195,7 +196,7 @@ class LengthsOfLastStep(HostLengths):
 
 
 # ---------------------------------------------------------------- arguments and results
-@runtime("upload keeps the caller's array instead of copying it", worst=True)
+@runtime("upload keeps the caller's array instead of copying it")
 class UploadAliases(ZooRuntime):
     def upload(self, packed: HostArray, host: HostStep, key: BucketKey) -> DeviceStep:
         return DeviceStep(packed, self.attention.plan_host(host, key))
@@ -256,7 +257,7 @@ class FetchMakesFloats(ZooRuntime):
         return Ready(mapped(lambda x: x.astype(np.float32), value))
 
 
-@runtime("arguments that a program does not consume are changed by it", worst=True)
+@runtime("arguments that a program does not consume are changed by it")
 class ArgumentsSpoilt(ZooRuntime):
     def compile(self, program: Program, key: BucketKey | None) -> Executable:
         run = super().compile(program, key)
@@ -372,10 +373,11 @@ class CompilationsNotCounted(BucketRuntime):
 
 
 # ---------------------------------------------------------------- over the bindings
-@collection.open("over torch: the step's buffer is the one of the first upload", worst=True)
+@collection.open("over torch: the step's buffer is the one of the first upload")
 def torch_first_upload(config: OpenConfig) -> Runtime:
     opened: Runtime = torch_open(config)
-    upload, held = opened.upload, {}
+    upload = opened.upload
+    held: dict[BucketKey, Any] = {}
 
     def wrong(packed: HostArray, host: HostStep, key: BucketKey) -> DeviceStep:
         step = upload(packed, host, key)

@@ -45,13 +45,13 @@ class Zeros(_After):
         return np.zeros_like(out)
 
 
-@collection.kernel("attention gives NaN", worst=True)
+@collection.kernel("attention gives NaN")
 class NotANumber(_After):
     def instead(self, out: HostArray, q: HostArray, v: HostArray) -> HostArray:
         return np.full_like(out, np.nan)
 
 
-@collection.kernel("attention gives its queries back", worst=True)
+@collection.kernel("attention gives its queries back")
 class EchoesQueries(_After):
     def instead(self, out: HostArray, q: HostArray, v: HostArray) -> HostArray:
         return np.resize(q, out.shape)
@@ -69,7 +69,7 @@ class OwnValue(_After):
         return np.repeat(v, q.shape[1] // v.shape[1], 1).astype(out.dtype)
 
 
-@collection.kernel("attention gives the previous output when shapes match", worst=True)
+@collection.kernel("attention gives the previous output when shapes match")
 class PreviousOutput(_After):
     last: HostArray | None = None
 
@@ -93,7 +93,7 @@ class RightAtFirst(_After):
         return out if self.calls <= 20 else np.zeros_like(out)
 
 
-@collection.kernel("attention has a relative noise of 1e-3", worst=True)
+@collection.kernel("attention has a relative noise of 1e-3")
 class Noise(_After):
     def __init__(self, dtype: str) -> None:
         super().__init__(dtype)
@@ -128,14 +128,14 @@ class NotDeterministic(_After):
         return np.nextafter(out, out.dtype.type(0)) if self.calls % 2 else out
 
 
-@runtime("attend refuses everything", expected=frozenset({"capability_lie"}), worst=True)
+@runtime("attend refuses everything", expected=frozenset({"capability_lie"}))
 class RefusesAttention(ZooRuntime):
     class ATTENTION(Kernel):
         def attend(self, *args: Any, **more: Any) -> Any:
             raise NotSupported("not yet")
 
 
-@runtime("every program is refused", expected=frozenset({"capability_lie"}), worst=True)
+@runtime("every program is refused", expected=frozenset({"capability_lie"}))
 class RefusesEverything(ZooRuntime):
     def compile(self, program: Program, key: BucketKey | None) -> Executable:
         raise NotSupported(f"program {program.name} is not supported")
@@ -150,7 +150,7 @@ class OpensNothing(ZooRuntime):
         raise NotSupported("no device")
 
 
-@runtime("every program raises RuntimeError", worst=True)
+@runtime("every program raises RuntimeError")
 class RaisesAlways(ZooRuntime):
     def compile(self, program: Program, key: BucketKey | None) -> Executable:
         def call(*args: Any) -> tuple[Any, ...]:
@@ -159,7 +159,7 @@ class RaisesAlways(ZooRuntime):
         return call
 
 
-@runtime("programs change their inputs in place", worst=True)
+@runtime("programs change their inputs in place")
 class MutatesInputs(ZooRuntime):
     class ATTENTION(_After):
         def instead(self, out: HostArray, q: HostArray, v: HostArray) -> HostArray:
@@ -167,7 +167,7 @@ class MutatesInputs(ZooRuntime):
             return out
 
 
-@runtime("results of every program are zeros", worst=True)
+@runtime("results of every program are zeros")
 class ZerosEverywhere(ZooRuntime):
     def compile(self, program: Program, key: BucketKey | None) -> Executable:
         run, first = super().compile(program, key), len(program.consumes)
