@@ -68,7 +68,8 @@ def test_the_token_is_that_of_the_fractions(vocab) -> None:
         for logits in awkward_logits(rng, vocab):
             request = awkward_request(rng, vocab, logits)
             draw = draw_of(logits, request)
-            assert draw.token() == slow_token(draw.x, request)
+            broken = not np.isfinite(draw.x.max())
+            assert draw.token() == (-1 if broken else slow_token(draw.x, request))
 
 
 def test_bias_bans_and_penalties_by_hand() -> None:

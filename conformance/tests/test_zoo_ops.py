@@ -242,8 +242,8 @@ def ask_sampling(b: Battery) -> None:
             b.ask(b.ops.logprobs, args[0], tokens, 0)
             b.ask(b.ops.logprobs, args[0], tokens, 4)
     for vocab, rows in ((80_000, 40), *[(50, 3)] * 14):
-        args = drawing(b, rows, vocab, 0.01)
-        b.ask(b.ops.sample, *map(asarray, args), Features(True))
+        flat = drawing(b, rows, vocab, 0.01)
+        b.ask(b.ops.sample, *map(asarray, flat), Features(True))
     x, *rest = drawing(b, 300, 500, 1)  # a tail of rare tokens that weigh something together
     x[:], x[:, 7], rest[0][:, Column.TEMPERATURE] = -11, 0, np.float32(1).view(np.int32)
     b.ask(b.ops.sample, *map(asarray, (x, *rest)), Features(True))
@@ -256,8 +256,8 @@ def ask_sampling(b: Battery) -> None:
     params[:, Column.TOP_P] = np.float32(0.5).view(np.int32)
     for seed in range(40):  # the mass before the 33rd token is exactly half
         params[:, Column.SEED_LOW] = seed
-        args = (boundary, params, np.array([5], np.int32), *rest[2:])
-        b.ask(b.ops.sample, *map(asarray, args), Features(True, True))
+        half = (boundary, params, np.array([5], np.int32), *rest[2:])
+        b.ask(b.ops.sample, *map(asarray, half), Features(True, True))
     long = np.full((1, 64), -200, np.float32)
     b.ask(b.ops.logprobs, asarray(long), asarray(np.array([2], np.int32)), 2)
     b.ask(b.ops.logprobs, asarray(long + 400 * (np.arange(64) == 1)), asarray(np.zeros(1, int)), 2)
@@ -301,9 +301,9 @@ def ask_stepping(b: Battery) -> None:
     v["resets"][:10, 2 + Column.HISTORY_SLOT] = b.rng.integers(0, SLOTS, 10)
     for group in (0, 1):
         changes = v[f"table_changes{group}"]
-        cells = [(row, column) for row in v["row"][:real] for column in (0, 1, 2, 9)]
-        count = min(len(changes), len(cells)) - 1
-        changes[:count, :2] = cells[:count]
+        places = [(row, column) for row in v["row"][:real] for column in (0, 1, 2, 9)]
+        count = min(len(changes), len(places)) - 1
+        changes[:count, :2] = places[:count]
         changes[:count, 2] = b.rng.integers(1, 3_000_000, count)
     v["history_changes"][:30] = [(i % SLOTS, i, i % 7) for i in range(30)]
     step = layout.unpack(b.ops.asarray(buffer))
@@ -314,8 +314,9 @@ def ask_stepping(b: Battery) -> None:
     b.ask(b.ops.advance, state, step, view, b.ops.asarray(drawn))
     many = np.stack((np.arange(512) % rows, np.arange(512) // rows, np.arange(512)), 1)
     history = np.stack((np.arange(512) % SLOTS, np.arange(512) % LENGTH, np.arange(512)), 1)
-    changes = b.ops.asarray(many.astype(np.int32)), b.ops.asarray(history[:100].astype(np.int32))
-    b.ask(b.ops.apply, b.runtime.block_tables, state, Changes((changes[0],) * 2, changes[1]))
+    cells = b.ops.asarray(many.astype(np.int32))
+    past = b.ops.asarray(history[:100].astype(np.int32))
+    b.ask(b.ops.apply, b.runtime.block_tables, state, Changes((cells, cells), past))
 
 
 def ask_weights(b: Battery) -> None:
@@ -354,7 +355,7 @@ def ask_weights(b: Battery) -> None:
     load("strided", "linear", (8, 10), strided)
     for name in ("first", "second"):
         array = rng.normal(size=(6, 6)).astype(np.float32) * 1e-4
-        lazy = LazyArray((6, 6), "float32", lambda array=array: array)
+        lazy = LazyArray((6, 6), "float32", array.copy)
         load(name, "linear", (6, 6), Part("dense", {"weight": lazy}, 6))
     load("norm", "norm", (8,), part(8, bias=False))
     load("experts", "experts", (3, 8, 8), part(3, 8, 8, bias=False))
@@ -404,9 +405,9 @@ def test_the_plain_sampler_is_the_reference_bit_for_bit() -> None:
     b = Battery(opened_by("numpy", OpenConfig("float32")))
     for vocab, scale in ((50, 20), (64, 0.1), (200, 3), (515, 1)):
         for features in (Features(True, True, True, True), Features(True, True), Features(True)):
-            args = drawing(b, 30, vocab, scale)
+            x, *rest = (*drawing(b, 30, vocab, scale), features)
             with np.errstate(all="ignore"):
-                want = NumpyOps().sample(*args, features)
-                got = PlainSampler().sample(*args, features)
+                want = NumpyOps().sample(x, *rest)
+                got = PlainSampler().sample(x, *rest)
             for a, c in zip(want, got, strict=True):
                 np.testing.assert_array_equal(a, c)

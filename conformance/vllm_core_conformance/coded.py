@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_core_conformance.inputs import Layout, Random
+from vllm_core_conformance.inputs import Layout, Random, first_column
 from vllm_core_conformance.steps import Scene
 
 Numbers = NDArray[Any]
@@ -70,12 +70,8 @@ def code(layout: Layout, rng: Random) -> Coded:
     for row, ids in enumerate(key_ids):
         j = np.arange(len(ids))
         own = layout.tables[row][j // size]
-        live = j < layout.seq_lens[row]
-        if shape.window is not None:  # freed cells are somebody else's
-            live &= j > layout.cached[row] - shape.window
-            past = j >= layout.seq_lens[row]
-        else:
-            past = ~live
+        past = j >= layout.seq_lens[row]
+        live = ~past & (j >= first_column(shape, int(layout.cached[row])) * size)
         for place in (past, live):
             slot_ids[own[place], j[place] % size] = ids[place]
     targets = np.concatenate(

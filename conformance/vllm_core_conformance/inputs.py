@@ -89,22 +89,24 @@ def lay_out(
     if share:
         _share_prefix(tables, cached, size)
     use = np.full((shape.num_blocks, size), UNUSED)
-    for i in range(n):
-        first = 0 if shape.window is None else max(0, int(cached[i]) - shape.window + 1)
-        if not stale:
-            tables[i, : first // size] = 0
-        elif first // size:
-            tables[i, : first // size] = rng.integers(0, shape.num_blocks, first // size)
-    for i in range(n):
-        first = 0 if shape.window is None else max(0, int(cached[i]) - shape.window + 1)
-        for begin, end, what in (
-            (first, cached[i], CACHED),
-            (cached[i], cached[i] + query[i], NEW),
-        ):
+    columns = [first_column(shape, int(count)) for count in cached]
+    for i, column in enumerate(columns):
+        tables[i, :column] = rng.integers(0, shape.num_blocks, column) if stale else 0
+    for i, column in enumerate(columns):
+        length = int(cached[i] + query[i])
+        for begin, end, what in ((column * size, cached[i], CACHED), (cached[i], length, NEW)):
             j = np.arange(begin, end)
             use[tables[i][j // size], j % size] = what
     state_rows = rng.permutation(shape.rows_for_life)[:n].astype(np.int64)
     return Layout(shape, state_rows, cached, query, tables, use)
+
+
+def first_column(shape: Shape, cached: int) -> int:
+    """The first block that a query of the row sees: those before it have left the window, while
+    its own slots behind the window still hold the sequence's numbers."""
+    if shape.window is None:
+        return 0
+    return max(0, cached - shape.window + 1) // shape.block_tokens
 
 
 def _share_prefix(tables: Numbers, cached: Numbers, size: int) -> None:
@@ -226,12 +228,10 @@ def poisoned(
     tables = scene.tables.copy()
     live = np.unique(scene.tables)
     for i in range(len(scene.query)):
-        first = 0
-        if shape.window is not None:
-            first = max(0, int(scene.cached[i]) - shape.window + 1)
+        first = first_column(shape, int(scene.cached[i]))
         need = -(-int(scene.seq_lens[i]) // size)
         dead = np.ones(shape.width, bool)
-        dead[first // size : need] = False
+        dead[first:need] = False
         choice = live if value is None else np.arange(shape.num_blocks)
         tables[i, dead] = rng.choice(choice, int(dead.sum()))
     padding = 7.0 if value is None else value

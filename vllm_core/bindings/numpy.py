@@ -346,12 +346,14 @@ def concatenate_parts(spec: ParamSpec, parts: Sequence[Part], dtype: str) -> dic
             found.setdefault(name, []).append(array)
     if spec.role == "norm" and dtype != "float64":
         dtype = "float32"
-    return {
-        name: np.concatenate(tensors).astype(dtype)
+    arrays = {
+        name: np.concatenate([x.astype(dtype) for x in tensors])
         if len(tensors) > 1
         else tensors[0].astype(dtype)
         for name, tensors in found.items()
     }
+    spec.check(arrays["weight"].shape)
+    return arrays
 
 
 def _map(function: Any, tree: Any) -> Any:

@@ -5,11 +5,13 @@ Knows: what a parameter is made of. Does not know: any framework's array type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from vllm_core.errors import WeightError
 
 Array: TypeAlias = Any
 """numpy.ndarray, torch.Tensor or jax.Array: opaque to the core."""
@@ -51,6 +53,13 @@ class ParamSpec:
     role: str
     axes: tuple[str | None, ...] = ()
     granule: int = 1
+
+    def check(self, shape: Sequence[int]) -> None:
+        """WeightError where a weight of this shape is not what the model needs."""
+        if tuple(shape) != tuple(self.shape):
+            raise WeightError(
+                f"{self.name} needs shape {list(self.shape)}, but the weights have {list(shape)}"
+            )
 
 
 @dataclass(frozen=True)

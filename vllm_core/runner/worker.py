@@ -146,6 +146,9 @@ def check_supported(spec: ModelSpec, runtime: Runtime) -> None:
             "layers that read another layer's cache": attention.source is not None,
             "layers that write no cache": not attention.writes_kv,
             "quantised or latent caches": attention.kv.scales or attention.kv.v_in_k,
+            f"a cache of {attention.kv.dtype}": (
+                attention.kv.dtype not in {runtime.dtype, *caps.kv_dtypes}
+            ),
         }
         for what, is_missing in wanted.items():
             if is_missing:

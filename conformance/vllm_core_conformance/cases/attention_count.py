@@ -24,7 +24,15 @@ from vllm_core_conformance.cases.attention_shapes import (
     mixture,
     shape_of,
 )
-from vllm_core_conformance.inputs import REGIMES, Layout, Random, fill, lay_out, random
+from vllm_core_conformance.inputs import (
+    REGIMES,
+    Layout,
+    Random,
+    fill,
+    first_column,
+    lay_out,
+    random,
+)
 from vllm_core_conformance.steps import Scene, Seen, Stage
 from vllm_core_conformance.target import Target
 
@@ -41,7 +49,7 @@ def _scene(layout: Layout, rng: Random, target: Target) -> Scene:
         need = -(-int(layout.seq_lens[row]) // size)
         j = np.arange(need * size)
         if shape.window is not None:
-            j = j[j > layout.cached[row] - shape.window]
+            j = j[j >= first_column(shape, int(layout.cached[row])) * size]
         marks = np.stack([np.eye(dim)[_marks(head, j, size, dim)] for head in range(heads)], 1)
         # what this step writes holds the marks of others before
         before = j < layout.cached[row]

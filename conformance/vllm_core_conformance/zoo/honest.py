@@ -133,8 +133,6 @@ class ModestKernel(Kernel):
         for group in groups:
             if group.block_tokens not in (32, 64):
                 raise NotSupported(f"blocks of {group.block_tokens} tokens; offered are 32 and 64")
-            if group.spec.dim_qk > 128:
-                raise NotSupported(f"heads of {group.spec.dim_qk}; at most 128 here")
             if group.spec.dim_v != group.spec.dim_qk:
                 raise NotSupported("this layout needs V heads as wide as K heads")
             if group.spec.window is not None or group.spec.softcap is not None:
@@ -185,7 +183,6 @@ class ModestRuntime(ZooRuntime):
     CAPS = replace(
         ZooRuntime.CAPS,
         dtypes=frozenset({"float32"}),
-        max_head_dim=128,
         softcap=False,
         windows=False,
         sinks=False,

@@ -181,7 +181,9 @@ def _join(spec: ParamSpec, parts: Sequence[Part]) -> dict[str, HostArray]:
     for name, tensors in found.items():
         if len(tensors) != len(parts):
             raise WeightError(f"{spec.name}: {len(tensors)} of {len(parts)} parts have a {name}")
-    return {
+    joined = {
         name: tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
         for name, tensors in found.items()
     }
+    spec.check(joined["weight"].shape)
+    return joined

@@ -36,7 +36,7 @@ from vllm_core.bindings.torch.bag_attention import BagAttention
 from vllm_core.bindings.torch.convert import dtype_of, from_host, map_tree, to_host
 from vllm_core.bindings.torch.ops import TorchOps
 from vllm_core.bindings.torch.stream import Deferred, Stream, resolve
-from vllm_core.errors import BackendError, NotSupported, OutOfMemory, WeightError
+from vllm_core.errors import BackendError, NotSupported, OutOfMemory
 from vllm_core.ops import BucketKey, HostArray, LazyArray, Param, ParamSpec, Part
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -117,11 +117,7 @@ class TorchRuntime(Runtime):
                     moved = from_host(array).to(self.torch_device, dtype, copy=True)
                     found.setdefault(name, []).append(moved)
             arrays = {name: xs[0] if len(xs) == 1 else torch.cat(xs) for name, xs in found.items()}
-            if "weight" in arrays and tuple(arrays["weight"].shape) != tuple(spec.shape):
-                raise WeightError(
-                    f"{spec.name} needs shape {list(spec.shape)}, but the weights have "
-                    f"{list(arrays['weight'].shape)}"
-                )
+            spec.check(arrays["weight"].shape)
             packed = packing.pack(arrays["weight"]) if spec.role == "linear" else None
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(f"no memory for the weight {spec.name} {list(spec.shape)}") from error

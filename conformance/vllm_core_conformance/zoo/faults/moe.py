@@ -151,15 +151,6 @@ def _shares_of_first_token(base: Method, x: Any, ids: Any, weights: Any, *rest: 
     return base(x, ids, weights, *rest)
 
 
-def _sums_bfloat16(base: Method, x: Any, ids: Any, weights: Any, gate: Param, down: Param) -> Any:
-    import torch
-
-    out = torch.zeros_like(x)
-    for place in range(ids.shape[1]):
-        out += base(x, ids[:, place, None], weights[:, place, None], gate, down)
-    return out
-
-
 def _wrong(name: str, says: str, open_wrong: Open, worst: bool = False) -> Fault:
     return Fault(name, "moe", says, open_wrong, worst)
 
@@ -252,10 +243,5 @@ FAULTS = (
         "moe_shares_of_tile",
         "the 64th token of a tile gets the weights of its first",
         ops(moe_experts=_shares_of_first_token),
-    ),
-    _wrong(
-        "moe_sums_bfloat16",
-        "experts are added in the model's 16 bits",
-        ops("torch", moe_experts=_sums_bfloat16),
     ),
 )

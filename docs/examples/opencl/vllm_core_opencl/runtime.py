@@ -24,7 +24,6 @@ from vllm_core.backend import (
     SingleDevice,
 )
 from vllm_core.bindings.numpy import NumpyOps, Ready, concatenate_parts
-from vllm_core.errors import WeightError
 from vllm_core.ops import BucketKey, HostArray, Param, ParamSpec, Part
 from vllm_core_opencl.attention import OpenCLAttention
 from vllm_core_opencl.device import Device
@@ -47,13 +46,7 @@ class OpenCLRuntime(Runtime):
         self.comm = SingleDevice()
 
     def load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
-        arrays = concatenate_parts(spec, parts, self.dtype)
-        if arrays["weight"].shape != tuple(spec.shape):
-            raise WeightError(
-                f"{spec.name} needs shape {list(spec.shape)}, but the weights have "
-                f"{list(arrays['weight'].shape)}"
-            )
-        return Param(arrays)
+        return Param(concatenate_parts(spec, parts, self.dtype))
 
     def unload(self, param: Param) -> dict[str, HostArray]:
         return {name: np.array(x) for name, x in param.arrays.items()}
