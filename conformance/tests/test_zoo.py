@@ -7,7 +7,8 @@ import pytest
 
 from vllm_core.backend import OpenConfig
 from vllm_core.backend.lies import missing_methods
-from vllm_core_conformance.case import Case, Evidence, require
+from vllm_core_conformance.case import Case, Evidence, Failed, require
+from vllm_core_conformance.score import judge
 from vllm_core_conformance.sources import resolve
 from vllm_core_conformance.steps import Scene, Seen, Shape, play
 from vllm_core_conformance.target import Source, Target
@@ -139,3 +140,19 @@ def test_a_status_that_is_not_expected_is_no_kill() -> None:
     trial = Trial("aborts")
     trial.add("a.one", "float32", "fail", "wrong", 0.1)
     assert trial.kills(all_faults()["aborts"].expected) == []
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_results_that_are_cut_off_are_told_from_rounded_ones(is_cut: bool) -> None:
+    """Although every single error is within the noise of attention."""
+    rng = np.random.default_rng(0)
+    wanted = rng.normal(size=(80, 6, 64))
+    bits = wanted.astype(np.float32).view(np.uint32)
+    bits = bits + (0 if is_cut else 0x8000) & 0xFFFF0000
+    out = bits.astype(np.uint32).view(np.float32).astype(np.float64)
+    noise = np.abs(wanted) + np.abs(rng.normal(size=wanted.shape))
+    if is_cut:
+        with pytest.raises(Failed, match="cut off towards zero"):
+            judge("attention", out, wanted, noise, dtype="bfloat16")
+    else:
+        assert judge("attention", out, wanted, noise, dtype="bfloat16").checks == wanted.size

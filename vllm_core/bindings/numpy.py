@@ -10,7 +10,6 @@ Knows: numpy. Does not know: speed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,13 +32,13 @@ from vllm_core.backend import (
     Runtime,
     SingleDevice,
 )
+from vllm_core.bindings.parts import dense_tensors
 from vllm_core.errors import InvalidArgument, NotSupported, OutOfMemory
 from vllm_core.ops import (
     Array,
     BucketKey,
     DeviceState,
     HostArray,
-    LazyArray,
     Ops,
     Param,
     ParamSpec,
@@ -294,7 +293,7 @@ class NumpyRuntime(Runtime):
     """Runs programs at once, on copies of what they consume."""
 
     def __init__(self, dtype: str = "float32") -> None:
-        self.caps = replace(CAPABILITIES, batch_invariant=dtype == "float64")
+        self.caps = CAPABILITIES  # not batch_invariant: a BLAS changes its sums with the rows
         self.dtype = CAPABILITIES.choose_dtype(dtype, None)
         self.ops = NumpyOps()
         self.attention = NumpyAttention(dtype)
@@ -302,7 +301,10 @@ class NumpyRuntime(Runtime):
         self.comm = SingleDevice()
 
     def load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
-        return Param(concatenate_parts(spec, parts, self.dtype))
+        try:
+            return Param(concatenate_parts(spec, parts, self.dtype))
+        except MemoryError as error:
+            raise OutOfMemory(f"no memory for the weight {spec.name} {list(spec.shape)}") from error
 
     def unload(self, param: Param) -> dict[str, HostArray]:
         return {name: np.array(x) for name, x in param.arrays.items()}
@@ -324,7 +326,7 @@ class NumpyRuntime(Runtime):
         return run
 
     def fetch(self, value: Any) -> Ready:
-        return Ready(value)
+        return Ready(_map(np.array, value))
 
     def memory(self) -> MemoryReport:
         memory = psutil.virtual_memory()
@@ -337,20 +339,11 @@ class NumpyRuntime(Runtime):
 def concatenate_parts(spec: ParamSpec, parts: Sequence[Part], dtype: str) -> dict[str, HostArray]:
     """Dense parts joined along the output axis, in `dtype` (norms in float32 or better), shape
     checked."""
-    found: dict[str, list[HostArray]] = {}
-    for part in parts:
-        if part.scheme != "dense":
-            raise NotSupported(f"{spec.name}: weight scheme {part.scheme!r} is not supported here")
-        for name, tensor in part.tensors.items():
-            array = tensor.load() if isinstance(tensor, LazyArray) else tensor
-            found.setdefault(name, []).append(array)
     if spec.role == "norm" and dtype != "float64":
         dtype = "float32"
-    arrays = {
-        name: np.concatenate([x.astype(dtype) for x in tensors])
-        if len(tensors) > 1
-        else tensors[0].astype(dtype)
-        for name, tensors in found.items()
+    arrays: dict[str, HostArray] = {
+        name: np.concatenate(tensors, dtype=dtype, casting="unsafe")
+        for name, tensors in dense_tensors(spec, parts).items()
     }
     spec.check(arrays["weight"].shape)
     return arrays

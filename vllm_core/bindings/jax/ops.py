@@ -66,7 +66,7 @@ class JaxOps(Ops):
         return jnp.max(x, -1)
 
     def top(self, x: Array, count: int) -> tuple[Array, Array]:
-        values, ids = lax.top_k(x, count)
+        values, ids = lax.top_k(jnp.where(x == 0, 0, x), count)  # -0.0 ties with 0.0
         return values, ids
 
     def bits(self, x: Array) -> Array:

@@ -30,8 +30,9 @@ from vllm_core.backend import (
 from vllm_core.bindings.jax.attention import JaxAttention
 from vllm_core.bindings.jax.memory import allocating, report
 from vllm_core.bindings.jax.ops import JaxOps
-from vllm_core.errors import BackendError, NotSupported, WeightError
-from vllm_core.ops import BucketKey, Features, HostArray, LazyArray, Param, ParamSpec, Part
+from vllm_core.bindings.parts import dense_tensors
+from vllm_core.errors import BackendError
+from vllm_core.ops import BucketKey, Features, HostArray, Param, ParamSpec, Part
 from vllm_core.params import MAX_LOGPROBS
 
 _FULL = Features(draw=True, filters=True, penalties=True, bias=True)
@@ -98,10 +99,10 @@ class JaxRuntime(Runtime):
     def load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
         dtype = "float32" if spec.role == "norm" else self.dtype
         arrays = {}
-        for name, host in _join(spec, parts).items():
+        for name, host in _join(spec, parts, jnp.dtype(dtype)).items():
             with allocating(self._device, spec.name):
                 # the copy is private, so that a device that shares the host's memory may keep it
-                arrays[name] = jax.device_put(np.array(host, jnp.dtype(dtype)))
+                arrays[name] = jax.device_put(host)
         return Param(arrays)
 
     def unload(self, param: Param) -> dict[str, HostArray]:
@@ -169,21 +170,11 @@ def open_runtime(config: OpenConfig) -> JaxRuntime:
     return JaxRuntime(devices[config.device_index], config.dtype, config.checkpoint_dtype)
 
 
-def _join(spec: ParamSpec, parts: Sequence[Part]) -> dict[str, HostArray]:
-    """Dense parts joined along the output axis."""
-    found: dict[str, list[HostArray]] = {}
-    for part in parts:
-        if part.scheme != "dense":
-            raise NotSupported(f"{spec.name}: weight scheme {part.scheme!r} is not supported here")
-        for name, tensor in part.tensors.items():
-            host = tensor.load() if isinstance(tensor, LazyArray) else tensor
-            found.setdefault(name, []).append(host)
-    for name, tensors in found.items():
-        if len(tensors) != len(parts):
-            raise WeightError(f"{spec.name}: {len(tensors)} of {len(parts)} parts have a {name}")
-    joined = {
-        name: tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-        for name, tensors in found.items()
+def _join(spec: ParamSpec, parts: Sequence[Part], dtype: np.dtype[Any]) -> dict[str, HostArray]:
+    """Private copies of dense parts joined along the output axis."""
+    joined: dict[str, HostArray] = {
+        name: np.concatenate(tensors, dtype=dtype, casting="unsafe")
+        for name, tensors in dense_tensors(spec, parts).items()
     }
     spec.check(joined["weight"].shape)
     return joined

@@ -41,7 +41,7 @@ class TorchOps(Ops):
         self.device = device
         self.host_reads_are_free = device.type == "cpu"
         self._synchronize = synchronize or (lambda: None)
-        self._tables: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=4)
+        self._tables: deque[tuple[Tensor, Tensor, Tensor, Tensor]] = deque(maxlen=4)
 
     # ---- array vocabulary
     def asarray(self, host: HostArray) -> Tensor:
@@ -150,7 +150,7 @@ class TorchOps(Ops):
         angle = positions.float()[:, None] * frequency
         cos, sin = angle.cos() * scale, angle.sin() * scale
         both = torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
-        self._tables.append((cos, *both))
+        self._tables.append((cos, sin, *both))
         return cos, sin
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -162,8 +162,8 @@ class TorchOps(Ops):
 
     def _doubled(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, cos) and (-sin, sin): made with the table, as every layer asks for them."""
-        for known, c, s in self._tables:
-            if known is cos:
+        for known, known_sin, c, s in self._tables:
+            if known is cos and known_sin is sin:
                 return c, s
         return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 

@@ -30,6 +30,7 @@ from vllm_core.backend import (
     SingleDevice,
 )
 from vllm_core.bindings import machine
+from vllm_core.bindings.parts import dense_tensors
 from vllm_core.bindings.torch import packing
 from vllm_core.bindings.torch.attention import TorchAttention
 from vllm_core.bindings.torch.bag_attention import BagAttention
@@ -37,7 +38,7 @@ from vllm_core.bindings.torch.convert import dtype_of, from_host, map_tree, to_h
 from vllm_core.bindings.torch.ops import TorchOps
 from vllm_core.bindings.torch.stream import Deferred, Stream, resolve
 from vllm_core.errors import BackendError, NotSupported, OutOfMemory
-from vllm_core.ops import BucketKey, HostArray, LazyArray, Param, ParamSpec, Part
+from vllm_core.ops import BucketKey, HostArray, Param, ParamSpec, Part
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -101,21 +102,14 @@ class TorchRuntime(Runtime):
         return param
 
     def _load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
-        found: dict[str, list[torch.Tensor]] = {}
         dtype = dtype_of(self.dtype)
         if spec.role == "norm" and self.dtype != "float64":
             dtype = torch.float32
         try:
-            for part in parts:
-                if part.scheme != "dense":
-                    raise NotSupported(
-                        f"{spec.name}: weight scheme {part.scheme!r} is not supported here; "
-                        "load the weights dequantised"
-                    )
-                for name, tensor in part.tensors.items():
-                    array = tensor.load() if isinstance(tensor, LazyArray) else tensor
-                    moved = from_host(array).to(self.torch_device, dtype, copy=True)
-                    found.setdefault(name, []).append(moved)
+            found = {
+                name: [from_host(x).to(self.torch_device, dtype, copy=True) for x in tensors]
+                for name, tensors in dense_tensors(spec, parts).items()
+            }
             arrays = {name: xs[0] if len(xs) == 1 else torch.cat(xs) for name, xs in found.items()}
             spec.check(arrays["weight"].shape)
             packed = packing.pack(arrays["weight"]) if spec.role == "linear" else None

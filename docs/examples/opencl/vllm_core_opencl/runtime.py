@@ -65,7 +65,8 @@ class OpenCLRuntime(Runtime):
         return Ready(_copied(value))
 
     def memory(self) -> MemoryReport:
-        return self._device.memory()
+        report: MemoryReport = self._device.memory()
+        return report
 
     def close(self) -> None:
         self._device.queue.finish()
