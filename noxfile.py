@@ -1,4 +1,5 @@
-"""The only place that knows how to run things: demo, tests, lint, types, conformance, bench, build.
+"""The only place that knows how to run things: demo, tests, lint, types, conformance,
+smoke, matrix, support, bench, build.
 
 Knows: what each session installs and calls. Does not know: what the commands do.
 """
@@ -81,6 +82,23 @@ def conformance(session: nox.Session, backend: str) -> None:
     install(session, "-e", ".", "-e", "conformance", *JUDGED[backend])
     what = ("--backend", backend, "--profile", profile, "--output", str(REPORTS / backend))
     session.run("vllm-core", "conformance", "run", *what, *more)
+
+
+@nox.session
+def smoke(session: nox.Session) -> None:
+    """The sharpest probes on every backend that runs without an accelerator, in one environment."""
+    install(session, "-e", ".", "-e", "conformance", *(x for need in JUDGED.values() for x in need))
+    for backend in JUDGED:
+        what = ("--backend", backend, "--profile", "smoke", "--jobs", "2")
+        output = ("--output", str(REPORTS / f"smoke-{backend}"))
+        session.run("vllm-core", "conformance", "run", *what, *output, *session.posargs)
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Every planted fault against every case: `nox -s matrix -- --quick`."""
+    install(session, "-e", ".", "-e", "conformance", "torch", "jax")
+    session.run("vllm-core", "conformance", "matrix", *session.posargs)
 
 
 @nox.session

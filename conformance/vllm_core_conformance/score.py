@@ -128,6 +128,15 @@ def _bias(out: Numbers, exact: Numbers, noise: Numbers, dtype: str) -> float:
     if share.size < BIAS_COUNT or weight < BIAS_WEIGHT:
         return 0.0
     signed = (np.asarray(out, np.float64)[own] - exact[own]) / exact[own] / ROUNDOFF[dtype]
+    lean = float(np.sum(np.clip(signed * share, -4, 4) * share)) / weight
+    if abs(lean) <= BIAS_LIMIT:
+        return lean
+    # one number that comes often is rounded one way: only different numbers tell of a habit
+    _, first = np.unique(np.abs(exact[own]), return_index=True)
+    share, signed = share[first], signed[first]
+    weight = float(np.sum(np.square(share)))
+    if share.size < BIAS_COUNT or weight < BIAS_WEIGHT:
+        return 0.0
     return float(np.sum(np.clip(signed * share, -4, 4) * share)) / weight
 
 

@@ -50,7 +50,7 @@ def play_and_verify(target: Target, scene: Scene, where: str) -> Evidence:
 
 def verify(target: Target, scene: Scene, seen: Seen, where: str) -> Evidence:
     """All that a step must do; Failed names the first thing that it did not."""
-    expected = attention(scene, unit(target))
+    expected = attention(scene, unit(target), target.caps.numeric_class)
     evidence = verify_cache(scene, seen, expected.keys, expected.values)
     evidence += verify_padding(scene, seen)
     evidence += verify_out(target, scene, seen, expected, where)

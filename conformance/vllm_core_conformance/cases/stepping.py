@@ -15,9 +15,31 @@ from vllm_core_conformance.cases.stepping_play import Play, world_of
 from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.target import Target, calling
 
-TWO_GROUPS = world_of()
+FAR = 33_280
+"""Half of the rows begin behind it: 16 bits do not hold their positions."""
+TWO_GROUPS = world_of(length=FAR + 64, width=(FAR + 64) // 4 + 1, far=FAR)
 ODD_BLOCKS = world_of(
-    num_rows=4, rows=4, block_tokens=(12, 5, 8), width=14, length=60, tokens=24, vocab=300
+    num_rows=48,
+    rows=40,
+    num_slots=30,
+    block_tokens=(12, 5, 8),
+    width=53,
+    length=260,
+    tokens=160,
+    vocab=300,
+    hits=1,
+)
+TRAFFIC = world_of(
+    num_rows=90,
+    rows=80,
+    num_slots=70,
+    num_bias=5,
+    width=51,
+    length=200,
+    tokens=200,
+    vocab=70_000,
+    hits=8,
+    ahead=512,
 )
 LONG = world_of(
     num_rows=3,
@@ -27,8 +49,8 @@ LONG = world_of(
     width=8200,
     length=131_072,
     tokens=16,
-    first_length=131_008,
-    largest_block=2**27 - 1,
+    far=131_008,
+    far_every=1,
 )
 STEPS = 12
 
@@ -42,8 +64,17 @@ def lives(target: Target, seed: int) -> Evidence:
 
 def odd_blocks(target: Target, seed: int) -> Evidence:
     play = Play(target, ODD_BLOCKS, rng_of("stepping.step.groups", seed))
-    for _ in range(STEPS):
-        play.step()
+    for rows in (40, None, None, 38, None):
+        play.step(rows=rows)
+    return play.evidence
+
+
+def traffic(target: Target, seed: int) -> Evidence:
+    """Steps of up to 80 rows with hundreds of changes: many find no room in the step's own
+    buffer."""
+    play = Play(target, TRAFFIC, rng_of("stepping.step.traffic", seed))
+    for rows in (80, 71, 9, None, 77):
+        play.step(rows=rows)
     return play.evidence
 
 
@@ -57,8 +88,8 @@ def long_rows(target: Target, seed: int) -> Evidence:
 
 def padding(target: Target, seed: int) -> Evidence:
     """Steps of padding only, between steps that fill the bucket, change nothing."""
-    play = Play(target, TWO_GROUPS, rng_of("stepping.step.padding", seed))
-    for rows in (TWO_GROUPS.rows, 0, TWO_GROUPS.rows, 0, 1):
+    play = Play(target, TRAFFIC, rng_of("stepping.step.padding", seed))
+    for rows in (TRAFFIC.rows, 0, TRAFFIC.rows, 0, 1):
         play.step(rows=rows)
     return play.evidence
 
@@ -66,12 +97,12 @@ def padding(target: Target, seed: int) -> Evidence:
 def apply_alone(target: Target, seed: int) -> Evidence:
     """Cells and history tokens go where they are told, in several calls; padding goes to scrap."""
     rng = rng_of("stepping.apply.cells", seed)
-    play = Play(target, TWO_GROUPS, rng)
-    world = TWO_GROUPS
-    for count in (1, 47, 110):
+    play = Play(target, TRAFFIC, rng)
+    world = TRAFFIC
+    for count in (1, 511, 1200):
         cells = []
         for _ in world.block_tokens:
-            places = rng.permutation(world.num_rows * world.width)[: min(count, 90)]
+            places = rng.permutation(world.num_rows * world.width)[:count]
             rows, columns = np.divmod(places, world.width)
             blocks = rng.integers(0, 2**31 - 1, len(places))
             cells.append(np.stack((rows, columns, blocks), 1).tolist())
@@ -144,8 +175,14 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "stepping.step.groups",
-        "keeps three groups with blocks of 12, 5 and 8 tokens apart",
+        "keeps three groups with blocks of 12, 5 and 8 tokens apart, in steps of 40 rows",
         odd_blocks,
+        _CORE,
+    ),
+    Case(
+        "stepping.step.traffic",
+        "takes steps of 80 rows and hundreds of changes",
+        traffic,
         _CORE,
     ),
     Case(

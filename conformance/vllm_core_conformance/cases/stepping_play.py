@@ -23,8 +23,17 @@ from vllm_core_conformance.target import Target, calling
 
 Numbers = NDArray[Any]
 
-AHEAD = 48
-"""Changes in one call of `apply` here."""
+FLOATS = (
+    Column.TEMPERATURE,
+    Column.TOP_P,
+    Column.MIN_P_GAP,
+    Column.PRESENCE,
+    Column.FREQUENCY,
+    Column.REPETITION,
+)
+
+PAST = 3
+"""Columns past a table that are looked up."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,15 @@ class World:
     """Columns of every group's table, one more than any sequence needs."""
     tokens: int = 32
     rows: int = 5
-    largest_block: int = 1000
-    first_length: int = 0
-    """Prefix hits begin here at least."""
+    largest_block: int = 2**27 - 1
+    """With 16 tokens a block, the last slot is 2^31 - 1."""
+    hits: int = 2
+    """A prefix hit is at most so many common multiples of the block sizes."""
+    far: int = 0
+    """Where prefix hits of every `far_every`th row begin."""
+    far_every: int = 2
+    ahead: int = 48
+    """Changes in one call of `apply`."""
 
 
 class Play:
@@ -75,6 +90,8 @@ class Play:
         self.live: dict[int, int] = {}
         """Row -> history slot."""
         self.known: list[set[tuple[int, int]]] = [set() for _ in world.block_tokens]
+        self.first = [0 if row % world.far_every else world.far for row in range(world.num_rows)]
+        """Row -> where its prefix hits begin."""
         self.evidence = Evidence()
 
     def _first_state(self) -> DeviceState:
@@ -110,7 +127,7 @@ class Play:
         plans = []
         for row in chosen:
             fresh = self._is_fresh(row)
-            hit = self._hit() if fresh else int(self.twin.num_tokens[row])
+            hit = self._hit(row) if fresh else int(self.twin.num_tokens[row])
             length = 1
             if room and (fresh or rng.random() < 0.4):
                 length += int(rng.integers(0, min(room, world.length - hit - 1, 12) + 1))
@@ -153,23 +170,30 @@ class Play:
         full = self.twin.num_tokens[row] >= self.world.length - 1
         return row not in self.live or bool(full) or self.rng.random() < 0.2
 
-    def _hit(self) -> int:
+    def _hit(self, row: int) -> int:
         """A cached prefix of whole blocks of every group, often none."""
-        step, world = int(np.lcm.reduce(self.world.block_tokens)), self.world
-        most = (world.length - 2 - world.first_length) // step
-        return world.first_length + step * int(self.rng.integers(0, min(most, 2) + 1))
+        step, world, first = int(np.lcm.reduce(self.world.block_tokens)), self.world, self.first[row]
+        most = (world.length - 2 - first) // step
+        return first + step * int(self.rng.integers(0, min(most, world.hits) + 1))
 
     def _admit(self, row: int, hit: int, told: list[list[int]]) -> list[int]:
-        """The row's new parameters; a history slot is told of the hit's last tokens."""
+        """The row's new parameters, none as it was; a history slot is told of the hit's last
+        tokens, and of something else at the place of the row's own first token, which comes
+        later and stays."""
         world, rng = self.world, self.rng
         taken = {slot for other, slot in self.live.items() if other != row}
         slot = int(rng.integers(0, world.num_slots + 1))
         slot = world.num_slots if slot in taken else slot
         self.live[row] = slot
-        params = scrap_params(slot, int(rng.integers(0, world.num_bias + 1)))
-        params[Column.SEED_LOW : Column.PROMPT_LEN + 1] = rng.integers(-(2**31), 2**31, 4)
+        params = rng.integers(-(2**31), 2**31, NUM_COLUMNS).astype(np.int32)
+        for column in FLOATS:
+            params[column] = np.array(rng.uniform(0, 3), np.float32).view(np.int32)
+        params[Column.TOP_K], params[Column.HELD_UNTIL] = rng.integers(0, 2**31, 2)
+        params[Column.HISTORY_SLOT] = slot
+        params[Column.BIAS_SLOT] = rng.integers(0, world.num_bias + 1)
+        params[Column.HELD_IDS :] = rng.integers(-1, world.vocab, len(params[Column.HELD_IDS :]))
         if slot < world.num_slots:
-            for position in range(max(0, hit - 20), hit):
+            for position in range(max(0, hit - 20), hit + 1):
                 told.append([slot, position, int(rng.integers(world.vocab))])
         found: list[int] = params.tolist()
         return found
@@ -178,7 +202,7 @@ class Play:
         self, row: int, group: int, columns: int, fresh: bool, cells: list[list[int]]
     ) -> None:
         """New blocks for a new row; for others what is missing, and now and then another block."""
-        for column in range(self.world.first_length // self.world.block_tokens[group], columns):
+        for column in range(self.first[row] // self.world.block_tokens[group], columns):
             cell = (row, column)
             moved = self.rng.random() < 0.02
             if fresh or moved or cell not in self.known[group]:
@@ -211,14 +235,14 @@ class Play:
         run = target.compile(
             ("stepping apply", world), fn, name="apply", consumes=(0,), num_results=0
         )
-        for at in range(0, max([len(told), *map(len, cells)]), AHEAD):
-            tables = np.zeros((groups, AHEAD, 3), np.int32)
+        for at in range(0, max([len(told), *map(len, cells)]), world.ahead):
+            tables = np.zeros((groups, world.ahead, 3), np.int32)
             tables[:, :, 0] = world.num_rows
             for group, changes in enumerate(cells):
-                part = np.array(changes[at : at + AHEAD], np.int32).reshape(-1, 3)
+                part = np.array(changes[at : at + world.ahead], np.int32).reshape(-1, 3)
                 tables[group, : len(part)] = part
-            history = np.tile(np.array([world.num_slots, 0, 0], np.int32), (AHEAD, 1))
-            part = np.array(told[at : at + AHEAD], np.int32).reshape(-1, 3)
+            history = np.tile(np.array([world.num_slots, 0, 0], np.int32), (world.ahead, 1))
+            part = np.array(told[at : at + world.ahead], np.int32).reshape(-1, 3)
             history[: len(part)] = part
             oracle.apply(self.twin, list(tables), history)
             arrays = target.array(tables), target.array(history)
@@ -261,10 +285,11 @@ class Play:
         self.compare_state()
 
     def _cells(self) -> tuple[Any, ...]:
-        """Every cell of every table, looked up: how a backend keeps them is its own."""
+        """Every cell of every table and some columns past it, looked up: how a backend keeps them
+        is its own."""
         world, groups = self.world, self.groups
-        tables = self.target.runtime.block_tables
-        rows, columns = np.divmod(np.arange(world.num_rows * world.width), world.width)
+        tables, width = self.target.runtime.block_tables, self.world.width + PAST
+        rows, columns = np.divmod(np.arange(world.num_rows * width), width)
 
         def fn(device: Any, rows: Any, columns: Any) -> tuple[Any, ...]:
             return tuple(tables.lookup(device, group, rows, columns) for group in range(groups))
@@ -317,8 +342,9 @@ class Play:
         state = DeviceState((), *state)
         n, p = twin.scrap, twin.scrap_slot
         for group, (found, table) in enumerate(zip(self._cells(), twin.tables)):
-            what = f"state: table of group {group}"
-            self._equal(found.reshape(n, -1), table[:-1], what, "row", "column")
+            what = f"state: table of group {group} (columns past it read its last cell)"
+            exact = np.pad(table[:-1], ((0, 0), (0, PAST)), "edge")
+            self._equal(found.reshape(n, -1), exact, what, "row", "column")
         self._equal(state.num_tokens[:n], twin.num_tokens[:n], "state: num_tokens", "row")
         self._equal(state.last_token[:n], twin.last_token[:n], "state: last_token", "row")
         self._equal(state.params[:n], twin.params[:n], "state: params", "row", "column")

@@ -66,8 +66,20 @@ class Row:
     """[queries, length - first] bool"""
 
 
-def attention(scene: Scene, dtype: str) -> Expected:
-    """The step of the scene; dtype is that of the output, for the noise."""
+def score_error(dtype: str, numeric_class: str) -> float:
+    """Relative rounding of one score, in units u32, that its class allows beyond float32's own.
+
+    A: two 16-bit numbers may stand for a float32 score, an error of u^2. B: one 16-bit number. C: 8
+    bits. So the limits' multipliers of B and C need not pay for what their scores are.
+    """
+    unit = max(ROUNDOFF[dtype], ROUNDOFF["bfloat16"]) if dtype == "float32" else ROUNDOFF[dtype]
+    own = {"A": ROUNDOFF[dtype] ** 2, "B": unit, "C": 2.0**-4}[numeric_class]
+    ratio = own / ROUNDOFF["float32"]
+    return ratio if ratio > 1 else 0.0
+
+
+def attention(scene: Scene, dtype: str, numeric_class: str = "A") -> Expected:
+    """The step of the scene; dtype is that of the output, and with the class decides the noise."""
     shape = scene.shape
     t, heads, dim_v = scene.num_tokens, shape.num_q_heads, shape.dim_v or shape.dim
     out, noise = np.zeros((t, heads, dim_v)), np.zeros((t, heads, dim_v))
@@ -85,6 +97,7 @@ def attention(scene: Scene, dtype: str) -> Expected:
                 None if scene.sinks is None else scene.sinks[group],
                 shape,
                 dtype,
+                score_error(dtype, numeric_class),
             )
             for target, value in zip((out, noise, lse, lse_noise), found, strict=True):
                 target[here, group] = value
@@ -141,6 +154,7 @@ def _one_head(
     sinks: Numbers | None,
     shape: Shape,
     dtype: str,
+    coarse: float,
 ) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     """q [n, G, D], k [L, D], v [L, Dv] -> out, noise [n, G, Dv], lse, lse noise [n, G]."""
     seen = visible[:, None]
@@ -166,9 +180,7 @@ def _one_head(
     finite = np.where(seen, score, 0.0)
     error = 2 + np.abs(finite) + slope * (np.abs(raw) + dot)
     error += np.where(seen, np.abs(finite - top[..., None]), 0.0)
-    # two 16-bit numbers may stand for a float32 score: an error of u^2, independent in each
-    two = ROUNDOFF[dtype] ** 2 / ROUNDOFF["float32"]
-    apart = two * slope * np.abs(raw) if two > 1 else np.zeros_like(raw)
+    apart = coarse * np.maximum(slope * np.abs(raw), np.abs(finite))  # independent in each
 
     def weighted(w: Numbers, x: Numbers) -> Numbers:
         total: Numbers = np.einsum("ngl,ld->ngd", w, x, optimize=True)
