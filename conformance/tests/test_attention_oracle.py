@@ -103,15 +103,25 @@ def test_scores_of_16_bits_fail_class_a_and_those_of_32_bits_do_not(dtype):
         lambda x: round_to(x, dtype),
         dtype,
     )
-    expected = vectorised.attention(scene, dtype)
-    for precision, is_right in (("float32", True), (dtype, False)):
+    for precision, declared, is_right in (
+        ("float32", "A", True),
+        (dtype, "A", False),
+        (dtype, "B", True),
+    ):
+        expected = vectorised.attention(scene, dtype, declared)
+        noise = {"dtype": dtype, "numeric_class": declared}
         out = round_to(_flash(scene, precision), dtype)
         try:
-            judge("attention", out, expected.out, expected.noise, dtype=dtype)
+            judge("attention", out, expected.out, expected.noise, **noise)
         except Failed:
-            assert not is_right
+            assert not is_right, (precision, declared)
         else:
-            assert is_right
+            assert is_right, (precision, declared)
+
+
+def test_one_number_that_comes_often_is_no_habit_of_rounding():
+    exact = np.full((3000, 4), 1 / 21)
+    judge("attention", round_to(exact, "float16"), exact, 2 * exact, dtype="float16")
 
 
 def _flash(scene: Scene, precision: str) -> np.ndarray:

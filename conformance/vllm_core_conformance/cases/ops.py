@@ -8,6 +8,7 @@ from __future__ import annotations
 from vllm_core_conformance.case import Case
 from vllm_core_conformance.cases import (
     ops_activations,
+    ops_block,
     ops_layers,
     ops_linear,
     ops_moe,
@@ -26,4 +27,5 @@ CASES: tuple[Case, ...] = (
     *ops_rows.CASES,
     *ops_vocabulary.CASES,
     *ops_layers.CASES,
+    *ops_block.CASES,
 )

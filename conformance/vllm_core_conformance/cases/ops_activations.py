@@ -20,7 +20,7 @@ SIZES = ((1, 1), (7, 5), (130, 65), (9, 769))
 """(tokens, width of each half)"""
 
 
-def _arguments(rng: np.random.Generator, rows: int, width: int, dtype: str) -> Any:
+def arguments(rng: np.random.Generator, rows: int, width: int, dtype: str) -> Any:
     """Dense where the slopes are, and far out on both sides; nothing leaves the dtype's range."""
     x = np.where(rng.random((rows, width)) < 0.5, rng.normal(size=(rows, width)) * 3, 0)
     x = np.where(x == 0, rng.uniform(-30, 30, (rows, width)), x)
@@ -35,7 +35,7 @@ def kinds(target: Target, seed: int) -> Evidence:
     rng, bench = rng_of("ops.activation.kinds", seed), Bench(target)
     for rows, width in ((1, 1), (37, 65)):
         for kind in oracle.KINDS:
-            x = bench.round(_arguments(rng, rows, width, target.dtype))
+            x = bench.round(arguments(rng, rows, width, target.dtype))
             (out,) = bench.op("activation", [Activation(x)], kind)
             bench.judge(
                 "activation",
@@ -50,7 +50,7 @@ def kinds(target: Target, seed: int) -> Evidence:
 
 def _gated_inputs(rng: np.random.Generator, rows: int, width: int, dtype: str) -> Any:
     """The gate from everywhere, the other half in the regimes of activations."""
-    gate = np.clip(_arguments(rng, rows, width, dtype), -240, 240)
+    gate = np.clip(arguments(rng, rows, width, dtype), -240, 240)
     up = np.clip(regimes(rng, rows, width, dtype), -200, 200)
     return np.concatenate((gate, up), -1)
 

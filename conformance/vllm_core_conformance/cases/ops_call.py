@@ -229,7 +229,7 @@ def regimes(
         elif kind == 3:
             x[row] = 0
         elif kind == 4:
-            x[row] *= 100
+            x[row] *= 100 if dtype == "float16" else 3e5  # float16 ends at 65504
         elif kind == 5:
             x[row] += offset
         elif kind == 6:

@@ -23,8 +23,14 @@ from vllm_core_conformance.cases.ops_call import (
 from vllm_core_conformance.oracle import ops as oracle
 from vllm_core_conformance.target import Target, wide
 
-SMALL_SIZES = ((1, 1, 1, False), (7, 5, 3, True), (130, 129, 65, True))
-"""(tokens, inputs, outputs, bias): ones, odd, no powers of two."""
+SMALL_SIZES = (
+    (1, 1, 1, False),
+    (7, 5, 3, True),
+    (3, 37, 37, True),
+    (1, 130, 9, True),
+    (130, 129, 65, True),
+)
+"""(tokens, inputs, outputs, bias): ones, odd, no powers of two; square; few rows with a bias."""
 WIDE_SIZES = ((7, 768, 320, False), (33, 2048, 96, True), (5, 5000, 41, False))
 """Of a model's size, and a sum over several tiles that none divides."""
 HEAD_SIZES = ((1, 40, 3, False), (5, 129, 1000, False), (9, 768, 517, True))
@@ -112,7 +118,7 @@ def tied(target: Target, seed: int) -> Evidence:
     rng, bench = rng_of("ops.logits.tied", seed), Bench(target)
     vocab, width, tokens = 515, 72, 6
     table = bench.round(weight(rng, vocab, width))
-    x = bench.round(rng.normal(size=(tokens, width)))
+    x = bench.round(rng.normal(size=(tokens, width)) * rng.permutation([1, 1, 8, 30, 30, 90])[:, None])
     ids = rng.integers(0, vocab, tokens).astype(np.int32)
     param = target.param("embedding", {"weight": table})
     ops = target.ops

@@ -25,7 +25,7 @@ from vllm_core_conformance.target import Target, wide
 
 TABLES = ((1, 1, 1e4, 1.0), (19, 24, 1e4, 1.2079), (130, 48, 5e5, 0.8333))
 """(tokens, half, base, scale)"""
-SHAPES = ((1, 1, 2, 1), (7, 3, 16, 8), (9, 2, 80, 16), (33, 5, 66, 33), (130, 6, 64, 12))
+SHAPES = ((1, 1, 2, 1), (7, 3, 16, 8), (9, 2, 80, 16), (33, 12, 66, 33), (130, 6, 64, 12))
 """(tokens, heads, dim, half): whole and partial rotations."""
 LONGEST = 131_071
 
@@ -97,11 +97,11 @@ def shapes(target: Target, seed: int) -> Evidence:
 
 
 def two_tables(target: Target, seed: int) -> Evidence:
-    """q and k are slices of one product; layers alternate between two tables, as models with local
-    and global layers do."""
+    """q and k are slices of one product; layers alternate between tables, two of them of one length,
+    as models with local and global layers do."""
     rng, bench = rng_of("ops.rope.tables", seed), Bench(target)
-    tokens, width, q_heads, k_heads, dim = 21, 24, 4, 2, 32
-    kinds = ((16, 1e4, 1.0), (8, 1e6, float(np.float32(1.2079))))
+    tokens, width, q_heads, k_heads, dim = 71, 24, 10, 2, 32
+    kinds = ((16, 1e4, 1.0), (8, 1e6, float(np.float32(1.2079))), (16, 3e5, 1.0))
     q_size, size = q_heads * dim, (q_heads + k_heads) * dim
     fused = {"weight": bench.round(weight(rng, size + 5, width))}
     x = bench.round(rng.normal(size=(tokens, width)))
@@ -113,21 +113,23 @@ def two_tables(target: Target, seed: int) -> Evidence:
         q = both[:, :q_size].reshape(tokens, q_heads, dim)
         k = both[:, q_size:size].reshape(tokens, k_heads, dim)
         turned = []
-        for cos, sin in (tables[1], tables[0], tables[1]):
+        for cos, sin in (tables[1], tables[0], tables[2], tables[1]):
             turned += [ops.rope(q, cos, sin), ops.rope(k, cos, sin)]
-        return both, tables[0], tables[1], *turned
+        return both, *(part for pair in tables for part in pair), *turned
 
     args = [Activation(x), Weights("linear", fused), Fixed(positions)]
     both, *rest = bench.call("rope of two tables", fn, args)
     both = wide(both)
     q = both[:, :q_size].reshape(tokens, q_heads, dim)
     k = both[:, q_size:size].reshape(tokens, k_heads, dim)
-    tables = [(wide(cos), wide(sin)) for cos, sin in rest[:2]]
-    for pair, (half, base, scale) in zip(rest[:2], kinds):
+    pairs = [rest[2 * i : 2 * i + 2] for i in range(len(kinds))]
+    tables = [(wide(cos), wide(sin)) for cos, sin in pairs]
+    for pair, (half, base, scale) in zip(pairs, kinds):
         _judge_table(bench, pair, positions, half, base, scale)
-    for place, (out, which) in enumerate(zip(rest[2:], (1, 1, 0, 0, 1, 1))):
+    turned = zip(rest[2 * len(kinds) :], (1, 1, 0, 0, 2, 2, 1, 1), strict=True)
+    for place, (out, which) in enumerate(turned):
         name, head = (("q", q), ("k", k))[place % 2]
-        _judge_rope(bench, out, head, *tables[which], f"of {name} by table {which} of two")
+        _judge_rope(bench, out, head, *tables[which], f"of {name} by table {which} of three")
     return bench.done()
 
 

@@ -49,6 +49,8 @@ def _unloaded(
         )
         exact = _stored(target, host, role)
         evidence += require_equal(wide(back), exact, f"{what}: {name} after load and unload")
+        if back.flags.writeable:
+            back[...] = 5  # what unload gave is the caller's own
     return evidence
 
 
@@ -205,10 +207,6 @@ def no_alias(target: Target, seed: int) -> Evidence:
             host[...] = 3
             what = f"{role} whose {dtype} host array was overwritten after load"
             bench.evidence += _unloaded(target, param, {"weight": kept}, role, what)
-            with calling("unload"):
-                back = np.asarray(target.runtime.unload(param)["weight"])
-            if back.flags.writeable:
-                back[...] = 5
             what = f"{role} whose unloaded array was overwritten"
             bench.evidence += _unloaded(target, param, {"weight": kept}, role, what)
             if role == "linear":
@@ -310,8 +308,9 @@ def model(target: Target, seed: int) -> Evidence:
         stored.append({name: _stored(target, x, role) for name, x in whole.items()})
     _compute(bench, rng, params, stored)
     for (role, shape, _), param, whole in zip(shapes, params, hosts):
-        what = f"{role} {list(shape)} of a whole model"
-        bench.evidence += _unloaded(target, param, whole, role, what)
+        for turn in ("", ", a second time"):
+            what = f"{role} {list(shape)} of a whole model{turn}"
+            bench.evidence += _unloaded(target, param, whole, role, what)
     return bench.done()
 
 
