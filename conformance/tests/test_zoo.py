@@ -150,7 +150,7 @@ def test_results_that_are_cut_off_are_told_from_rounded_ones(is_cut: bool) -> No
     bits = wanted.astype(np.float32).view(np.uint32)
     bits = bits + (0 if is_cut else 0x8000) & 0xFFFF0000
     out = bits.astype(np.uint32).view(np.float32).astype(np.float64)
-    noise = np.abs(wanted) + 1.5 * np.abs(rng.normal(size=wanted.shape))
+    noise = np.abs(wanted) + 2 * np.abs(rng.normal(size=wanted.shape))
     if is_cut:
         with pytest.raises(Failed, match="cut off towards zero"):
             judge("attention", out, wanted, noise, dtype="bfloat16")

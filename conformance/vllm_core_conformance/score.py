@@ -37,7 +37,8 @@ BIAS_LIMIT = 0.25
 BIAS_COUNT = 2_000
 """Fewer elements show no bias."""
 BIAS_WEIGHT = 1_000.0
-"""Nor do those of whose noise hardly any is their own rounding, as in float32 sums."""
+"""Nor do those of whose noise hardly any is their own rounding, as in float32 sums. In float32 and
+float64 no bias is judged: a root or an exp that is one ulp off may honestly lean."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def judge(
     if not (measure.rms <= limits.rms * multiplier and measure.max <= limits.max * multiplier):
         raise _failure(op, out, exact, z, measure, numeric_class, axes, where, blocks or {})
     bias = _bias(out, exact, noise, dtype)
-    if multiplier == 1.0 and abs(bias) > BIAS_LIMIT:
+    is_16_bit = ROUNDOFF[dtype] > ROUNDOFF["float32"]
+    if is_16_bit and multiplier == 1.0 and abs(bias) > BIAS_LIMIT:
         how = "cut off towards zero" if bias < 0 else "rounded away from zero"
         raise Failed(
             f"{where or op}: results are {how}: mean signed error {bias:+.2f} roundings "

@@ -71,7 +71,7 @@ class Recipe:
 
 RECIPES = {
     "mixed": Recipe((6, 2), 64, 0.1, 256, 12, 200, 640, lse=True, decoy_group=True),
-    "decode": Recipe((10, 2), 128, 0.07, 40, 40, 260, 2000, num_rows=160, layers=2),
+    "decode": Recipe((10, 2), 128, 0.07, 140, 140, 260, 4200, num_rows=160, layers=2),
     "mqa": Recipe((20, 1), 80, 0.15, 96, 8, 100, 400, fused=True),
     "heads_7": Recipe((7, 1), 96, 0.08, 96, 8, 100, 400, layers=2, layer=0),
     "largest_block": Recipe(
