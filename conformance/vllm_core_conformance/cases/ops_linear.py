@@ -100,16 +100,24 @@ def linear_slices(target: Target, seed: int) -> Evidence:
         both = ops.linear(x, fused)
         middle = both[:, 7 : 7 + heads * dim]
         by_head = both[:, 7 + heads * dim :].reshape(tokens, heads, dim)
-        return both, ops.linear(middle, last), ops.linear(by_head[:, 1], each)
+        again = both[:, :heads * dim]
+        return (
+            both,
+            *(ops.linear(part, last) for part in (middle, again)),
+            *(ops.linear(by_head[:, head], each) for head in (1, 2)),
+        )
 
     args = [Activation(x), *(Weights("linear", w) for w in (fused, last, each))]
-    both, one, two = bench.call("linear of slices", fn, args)
+    both, one, again, two, three = bench.call("linear of slices", fn, args)
     _judge_product(bench, "linear", both, x, fused, where="fused")
     both = wide(both)
     start = 7 + heads * dim
     _judge_product(bench, "linear", one, both[:, 7:start], last, where="of columns of a product")
-    head = both[:, start + dim : start + 2 * dim]
-    _judge_product(bench, "linear", two, head, each, where="of one head of a product")
+    first = both[:, : heads * dim]
+    _judge_product(bench, "linear", again, first, last, where="of the first columns of a product")
+    for head, out in ((1, two), (2, three)):
+        x = both[:, start + head * dim : start + (head + 1) * dim]
+        _judge_product(bench, "linear", out, x, each, where=f"of head {head} of a product")
     return bench.done()
 
 

@@ -50,21 +50,37 @@ def sizes(target: Target, seed: int) -> Evidence:
     return judge.done()
 
 
+SHORT = 65_536
+"""Ids from here on do not fit 16 bits."""
+
+
 def large(target: Target, seed: int) -> Evidence:
-    rng, judge = rng_of("sampling.draw.large", seed), Judge("draws from 32,000 tokens")
+    """Half of the rows are nearly flat, so that each of thousands of tokens has its own short piece
+    of the mass, most of it behind id 65,536."""
+    vocab = 70_001
+    rng, judge = rng_of("sampling.draw.large", seed), Judge(f"draws from {vocab:,} tokens")
     for _ in range(2):
-        _awkward(target, rng, judge, 32_000, 6)
+        logits = awkward_logits(rng, vocab, 6)
+        logits[:3] = (rng.normal(size=(3, vocab)) * 3).astype(np.float32)
+        logits[:3, SHORT:] += 4
+        requests = [awkward_request(rng, vocab, x) for x in logits]
+        for row in range(2):
+            requests[row] = Request(temperature=1.7, seed=_seed(rng), position=row)
+        requests[2] = Request(temperature=0.0)
+        judge.look(logits, requests, *sample(target, logits, requests))
     return judge.done()
 
 
 def real_vocabulary(target: Target, seed: int) -> Evidence:
     """151,936 tokens, of which the last thousands were never trained and are all equal."""
     rng, judge = rng_of("sampling.draw.vocabulary", seed), Judge("draws from 151,936 tokens")
-    logits = (rng.normal(size=(2, 151_936)) * 3).astype(np.float32).astype(np.float64)
+    logits = (rng.normal(size=(4, 151_936)) * 3).astype(np.float32).astype(np.float64)
     logits[:, 145_000:] = logits[:, 17:18]
     requests = [
         Request(temperature=1.3, seed=int(rng.integers(2**63)), top_p=0.95, position=1_000_000),
         Request(temperature=2.0, seed=int(rng.integers(2**63)), top_k=120_000, min_p=1e-6),
+        Request(temperature=2.5, seed=_seed(rng), position=5),
+        Request(temperature=3.0, seed=_seed(rng), sequence_index=2, position=0),
     ]
     judge.look(logits, requests, *sample(target, logits, requests))
     return judge.done()
@@ -120,27 +136,37 @@ def filter_ties(target: Target, seed: int) -> Evidence:
     return judge.done()
 
 
+FREQUENCIES = (-0.25, 0, 0.75, -1 / 64, 1 / 64, 1 / 64)
+"""The small ones tell a count of 15 from one of 300."""
+
+
 def penalties(target: Target, seed: int) -> Evidence:
     """Repetition looks at prompt and output, presence and frequency at the output only; none at
-    what an earlier row left in the history slot. Most rows in steps of 1/64: no rounding."""
+    what an earlier row left in the history slot; a bias is added before. Most rows in steps of
+    1/64: no rounding."""
     rng, judge = rng_of("sampling.penalties.history", seed), Judge("rows with penalties")
     for turn in range(6):
         logits = np.round(rng.normal(size=(ROWS, VOCAB)) * 96) / 64
+        logits[:, :12] += 1
         requests: list[Request] = []
-        for _ in range(ROWS):
+        for row in range(ROWS):
             count = int(rng.integers(1, LENGTH - 8))
+            few = int(rng.choice([1, 2, 12]))  # many of one token, or some of many
             awkward = turn == 5
             requests.append(
                 Request(
                     temperature=float(rng.choice([0, 0.5, 1])) if not awkward else 0.7,
                     top_k=int(rng.choice([0, 9])) if not awkward else 0,
                     presence=float(rng.choice([-1.5, 0, 0.5])) if not awkward else 0.31,
-                    frequency=float(rng.choice([-0.25, 0, 0.75])) if not awkward else 0.17,
+                    frequency=float(rng.choice(FREQUENCIES)) if not awkward else 0.17,
                     repetition=float(rng.choice([0.5, 1, 2, 4])) if not awkward else 1.3,
                     seed=int(rng.integers(-(2**63), 2**63 - 1)),
-                    tokens=tuple(rng.integers(0, 12, count).tolist()),
+                    tokens=tuple(rng.integers(0, few, count).tolist()),
                     later=tuple(rng.integers(0, 12, int(rng.integers(0, 8))).tolist()),
-                    prompt_len=int(rng.integers(0, count + 1)),
+                    prompt_len=int(rng.integers(0, count // (1 + row % 3) + 1)),
+                    bias=dict(enumerate(rng.choice([-2.5, 0.5, 3], 12).tolist()))
+                    if row % 2
+                    else {},
                 )
             )
         for row in range(0, ROWS, 6):  # no slot at all
@@ -160,15 +186,20 @@ def bias(target: Target, seed: int) -> Evidence:
             ids = rng.permutation(VOCAB)
             values = rng.choice([-np.inf, -np.inf, 2.5, -1.25], 20)
             count = int(rng.choice([0, 1, 20]))
-            top = np.argsort(-logits[len(requests)])[: int(rng.integers(0, 17))]
+            bias = dict(zip(ids[:count].tolist(), values.tolist()))
+            if rng.random() < 0.1:
+                bias = dict.fromkeys(ids[1:].tolist(), -np.inf)  # one is left
+            x = logits[len(requests)]
+            top = np.argsort(-x)[: int(rng.integers(0, 17))]
             held = tuple(top.tolist())[:15] + ((VOCAB + 3,) if rng.random() < 0.5 else ())
+            x[[token for token, value in bias.items() if value < -99]] += rng.choice([0, 40])
             requests.append(
                 Request(
                     temperature=float(rng.choice([0, 0.5, 1.0])),
                     top_k=int(rng.choice([0, 6])),
                     seed=int(rng.integers(2**63)),
                     position=place,
-                    bias=dict(zip(ids[:count].tolist(), values.tolist())),
+                    bias=bias,
                     held=held,
                     held_until=place + int(rng.integers(-1, 3)),
                 )
@@ -189,6 +220,61 @@ def uniforms(target: Target, seed: int) -> Evidence:
         requests = [Request(seed=s, position=place, sequence_index=index) for s in seeds]
         judge.look(logits, requests, *sample(target, logits, requests))
     return judge.done()
+
+
+# ---------------------------------------------------------------- all at once
+MANY, ODD = 96, 205
+"""Rows of one call; tokens, no multiple of anything."""
+
+
+def everything(target: Target, seed: int) -> Evidence:
+    """Bias, bans, held ids, penalties, temperatures, filters, broken rows, in one batch of many.
+    What is done to the logits is exact, in steps of 1/64."""
+    rng, judge = rng_of("sampling.everything", seed), Judge("rows that ask for everything")
+    for _ in range(3):
+        logits = np.round(rng.normal(size=(MANY, ODD)) * rng.choice([48, 96, 200], (MANY, 1))) / 64
+        requests = [_anything(rng, x) for x in logits]
+        for row in rng.permutation(MANY)[:5].tolist():
+            logits[row, rng.integers(ODD)] = rng.choice([np.nan, np.inf])
+            requests[row] = Request(seed=_seed(rng), top_k=3)
+        judge.look(logits, requests, *sample(target, logits, requests))
+    return judge.done()
+
+
+def _anything(rng: np.random.Generator, x: Any) -> Request:
+    """One row; what is banned or held back would win by far otherwise."""
+    best = np.argsort(-x)
+    count = int(rng.integers(1, LENGTH - 8))
+    some = best[: int(rng.choice([1, 3, 12]))]
+    bias: dict[int, float] = {}
+    if rng.random() < 0.6:
+        ids = np.concatenate((best[:6], rng.permutation(best[6:])[:10]))
+        bias = dict(zip(ids.tolist(), rng.choice([-np.inf, 2.5, -1.25, -3, 0.5], 16).tolist()))
+    held = tuple(rng.permutation(best[:20])[: int(rng.choice([0, 1, 5, 16]))].tolist())
+    is_held = bool(rng.random() < 0.5)
+    gone = [token for token, value in bias.items() if value < -99]
+    x[[*gone, *(held if is_held else ())]] += 40
+    return Request(
+        temperature=float(rng.choice([0, 0.3, 0.7, 1, 1.6])),
+        top_k=int(rng.choice([0, 0, 1, 4, 30, 130])),
+        top_p=float(rng.choice([1, 1, 0.97, 0.8, 0.4])),
+        min_p=float(rng.choice([0, 0, 0.01, 0.1, 0.4])),
+        presence=float(rng.choice([-1.5, 0, 0.5])),
+        frequency=float(rng.choice(FREQUENCIES)),
+        repetition=float(rng.choice([0.5, 1, 2])),
+        seed=_seed(rng),
+        sequence_index=int(rng.choice([0, 1, 300])),
+        tokens=tuple(rng.choice(some, count).tolist()),
+        later=tuple(best[:8].tolist()),
+        prompt_len=int(rng.integers(0, count + 1)),
+        bias=bias,
+        held=held,
+        held_until=count + (1 if is_held else int(rng.choice([0, -1]))),
+    )
+
+
+def _seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(-(2**63), 2**63 - 1))
 
 
 COARSER = (
@@ -304,7 +390,7 @@ def _case(name: str, says: str, run: Any, profiles: frozenset[str] = _CORE) -> C
 CASES: tuple[Case, ...] = (
     _case("draw.exact", "draws the token of the exact integers, every filter on", exact, _SMOKE),
     _case("draw.sizes", "does so for 1, 2, 63, 64 and 1000 tokens", sizes),
-    _case("draw.large", "does so for 32,000 tokens", large),
+    _case("draw.large", "does so for 70,001 tokens, most of the mass behind id 65,536", large),
     _case("draw.vocabulary", "does so for 151,936 tokens with untrained ones", real_vocabulary),
     _case("greedy.ties", "gives greedy ties to the lowest id", greedy),
     _case("filters.ties", "cuts among equal logits exactly", filter_ties, _SMOKE),
@@ -315,6 +401,7 @@ CASES: tuple[Case, ...] = (
     _case(
         "seeds.words", "draws by all 64 bits of the seed, the sequence and the position", uniforms
     ),
+    _case("everything", "draws right when rows ask for everything at once", everything),
     _case("features.cover", "draws the same with more features compiled than needed", features),
     _case("rows.neighbours", "draws the same in any batch", neighbours),
     _case("rows.fault", "flags broken rows and spares their neighbours", faults, _SMOKE),

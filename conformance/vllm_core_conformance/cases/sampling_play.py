@@ -22,8 +22,10 @@ from vllm_core_conformance.target import Target
 Numbers = NDArray[Any]
 
 ALL = Features(draw=True, filters=True, penalties=True, bias=True)
-ROWS, LENGTH = 24, 48
-"""Rows of a call and length of a history: one compiled shape per vocabulary."""
+ROWS, LENGTH = 24, 320
+"""Rows of a call and length of a history: one compiled shape per vocabulary. A history holds more
+of one token than 8 bits count."""
+GIVEN = ("logits", "params", "positions", "history", "bias")
 MOST_EDGES = 0.01
 """Share of draws that may be decided by the last bit of exp."""
 
@@ -44,12 +46,24 @@ def sample(
     packed = pack(requests, logits.shape[1], LENGTH)
     arrays = [target.array(x, "float32") for x in (logits, *packed)]
     tokens, fault = target.call(("sample", features), fn, *arrays)
+    for name, host, array in zip(GIVEN, (logits, *packed), arrays):
+        _check_kept(name, host, target.fetch(array))
     require(
         tokens.shape == fault.shape == (len(requests),),
         f"sample: tokens {list(tokens.shape)} and faults {list(fault.shape)} for "
         f"{len(requests)} rows",
     )
     return np.asarray(tokens).astype(np.int64), np.asarray(fault).astype(np.int64)
+
+
+def _check_kept(name: str, host: Numbers, now: Any) -> None:
+    """Whoever calls `sample` reads its arguments again: log-probabilities are of the same logits.
+    What a device may flush to 0 does not count."""
+    before, after = np.asarray(host, np.float64), np.asarray(now).astype(np.float64)
+    tiny = np.maximum(np.abs(before), np.abs(after)) < 2.0**-126
+    same = (before == after) | (np.isnan(before) & np.isnan(after)) | tiny
+    same |= np.float32(before) == np.float32(after)
+    require(bool(same.all()), f"sample changed its input {name}: {int((~same).sum())} values")
 
 
 @dataclass

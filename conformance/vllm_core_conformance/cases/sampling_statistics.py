@@ -146,11 +146,18 @@ def positions(target: Target, seed: int) -> Evidence:
         one = sampler.draw(Request(seed=_seed(rng)), positions=place)
         two = sampler.draw(Request(seed=_seed(rng)), positions=place)
         warm = sampler.draw(Request(seed=_seed(rng), temperature=1.9), positions=place)
+        near = sampler.draw(Request(position=9), seeds=np.arange(count) + _seed(rng) // 2)
+        asked = _seed(rng)
+        first, second = (
+            sampler.draw(Request(seed=asked, sequence_index=i), positions=place) for i in (0, 1)
+        )
         return {
             "one request": _single(one, p),
             "temperature 1.9": _single(warm, _probability(1.9)),
             "a token and the next": _pairs(one[:-1:2], one[1::2], p),
             "two requests at the same positions": _pairs(one, two, p),
+            "a seed and the next": _pairs(near[:-1:2], near[1::2], p),
+            "two sequences of a request": _pairs(first, second, p),
         }
 
     return _two_stages("along positions", target, "sampling.statistics.positions", seed, experiment)
@@ -168,42 +175,6 @@ def exactly(target: Target, seed: int) -> Evidence:
         requests = [replace(request, position=int(at)) for at in place]
         judge.look(np.repeat(logits, BATCH, 0), requests, tokens)
     return judge.done()
-
-
-def seeds(target: Target, seed: int) -> Evidence:
-    def experiment(sampler: Sampler, count: int, rng: np.random.Generator) -> Any:
-        p, base = _probability(), int(rng.integers(2**40))
-        near = np.arange(count) + base
-        high = (np.arange(count) << 32) + base
-        one = sampler.draw(Request(position=9), seeds=near)
-        two = sampler.draw(Request(position=9), seeds=high)
-        next_one = sampler.draw(Request(position=10), seeds=near)
-        return {
-            "seeds that follow each other": _single(one, p),
-            "seeds that differ in the high word": _single(two, p),
-            "a seed and the next": _pairs(one[:-1:2], one[1::2], p),
-            "two positions of each seed": _pairs(one, next_one, p),
-        }
-
-    return _two_stages("along seeds", target, "sampling.statistics.seeds", seed, experiment)
-
-
-def sequences(target: Target, seed: int) -> Evidence:
-    def experiment(sampler: Sampler, count: int, rng: np.random.Generator) -> Any:
-        p, place = _probability(), np.arange(count)
-        request = Request(seed=_seed(rng), position=3)
-        one = sampler.draw(request, indices=np.arange(count))
-        first, second = (
-            sampler.draw(Request(seed=request.seed, sequence_index=i), positions=place)
-            for i in (0, 1)
-        )
-        return {
-            "sequences of one request": _single(one, p),
-            "a sequence and the next": _pairs(one[:-1:2], one[1::2], p),
-            "two sequences along positions": _pairs(first, second, p),
-        }
-
-    return _two_stages("along sequences", target, "sampling.statistics.sequences", seed, experiment)
 
 
 def filters(target: Target, seed: int) -> Evidence:
@@ -236,20 +207,8 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "sampling.statistics.positions",
-        "draws independently and by the asked distribution along a sequence",
+        "draws independently and by the asked distribution along positions, seeds and sequences",
         positions,
-        _CORE,
-    ),
-    Case(
-        "sampling.statistics.seeds",
-        "draws independently for each of neighbouring seeds",
-        seeds,
-        _CORE,
-    ),
-    Case(
-        "sampling.statistics.sequences",
-        "draws independently for each sequence of a request",
-        sequences,
         _CORE,
     ),
     Case(

@@ -213,8 +213,9 @@ class UploadStagesOnce(ZooRuntime):
         return DeviceStep(self.staging, self.attention.plan_host(host, key))
 
 
-@runtime("a fetched array is the device's own memory, which later programs change")
-class FetchAliases(ZooRuntime):
+class _InPlace(ZooRuntime):
+    """Updates what a program consumes where it lies, as devices without donation do; right."""
+
     def compile(self, program: Program, key: BucketKey | None) -> Executable:
         def run(*args: Any) -> tuple[Any, ...]:
             with np.errstate(all="ignore"):
@@ -227,12 +228,9 @@ class FetchAliases(ZooRuntime):
 
         return run
 
-    def fetch(self, value: Any) -> Ready:
-        return Ready(value)
 
-
-@runtime("a fetch copies when it is waited for, not when it was asked for")
-class FetchIsLate(FetchAliases):
+@runtime("a fetch copies when it is waited for, and the next replay has overwritten the results")
+class FetchIsLate(ResultsInGraphBuffers):
     def fetch(self, value: Any) -> Any:
         return _Late(value)
 
@@ -318,7 +316,7 @@ class ErrorsSwallowed(ZooRuntime):
 
 
 @runtime("a program runs when its results are fetched, after those that were called later")
-class ProgramsOutOfOrder(FetchAliases):
+class ProgramsOutOfOrder(_InPlace):
     def __init__(self, config: OpenConfig) -> None:
         super().__init__(config)
         self.waiting: list[Callable[[], None]] = []
