@@ -42,14 +42,15 @@ WINDOWS = Blueprint(
             activation="gelu_tanh",
             sandwich=True,
             qk_norm=True,
+            theta=theta,
         )
-        for window in (None, 6)
+        for window, theta in ((6, 10.0), (None, 500.0)) * 2
     ),
     tied=True,
     embedding_scale=1.5,
     logit_softcap=30.0,
 )
-"""A full and a window group in one pool; G = 3."""
+"""Window and full layers in turn, in one pool, each kind with its own rotary frequencies; G = 3."""
 POOLS = Blueprint(
     "pools", VOCAB, 40, tuple(Layer(5, 1, 8, 24, window=w, biases=True) for w in (None, 5, 5))
 )
@@ -75,15 +76,13 @@ LEARNED = Blueprint(
 def spec_of(blueprint: Blueprint, dtype: str) -> ModelSpec:
     layers = [_layer_spec(blueprint, layer, dtype) for layer in blueprint.layers]
     numbered, specs = number_layers(layers)
-    rotates = any(layer.rotates for layer in blueprint.layers)
-    rope = RopeSpec(blueprint.layers[0].dim, blueprint.inverse_frequency, 1.0)
     return ModelSpec(
         architecture=f"conformance model {blueprint.name!r}",
         vocab_size=blueprint.vocab,
         hidden_size=blueprint.hidden,
         layers=numbered,
         attention_specs=specs,
-        ropes=(rope,) if rotates else (),
+        ropes=_ropes(blueprint),
         norm=blueprint.layers[0].norm,
         eps=blueprint.eps,
         max_model_len=blueprint.max_len,
@@ -93,6 +92,19 @@ def spec_of(blueprint: Blueprint, dtype: str) -> ModelSpec:
         logit_softcap=blueprint.logit_softcap,
         logit_scale=blueprint.logit_scale,
     )
+
+
+def _ropes(blueprint: Blueprint) -> tuple[RopeSpec, ...]:
+    """Each once, in the order of the layers."""
+    rotating = [layer for layer in blueprint.layers if layer.rotates]
+    found = (RopeSpec(layer.dim, blueprint.frequency_of(layer), 1.0) for layer in rotating)
+    return tuple(dict.fromkeys(found))
+
+
+def _rope_of(blueprint: Blueprint, layer: Layer) -> int | None:
+    if not layer.rotates:
+        return None
+    return _ropes(blueprint).index(RopeSpec(layer.dim, blueprint.frequency_of(layer), 1.0))
 
 
 def _layer_spec(blueprint: Blueprint, layer: Layer, dtype: str) -> LayerSpec:
@@ -106,7 +118,7 @@ def _layer_spec(blueprint: Blueprint, layer: Layer, dtype: str) -> LayerSpec:
         ),
         attention_index=0,
         kv_layer=0,
-        rope=0 if layer.rotates else None,
+        rope=_rope_of(blueprint, layer),
         ffn=ffn,
         norm=layer.norm,
         eps=blueprint.eps,

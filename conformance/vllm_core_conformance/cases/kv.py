@@ -7,7 +7,6 @@ Knows: blocks, layers, groups, pools. Does not know: layouts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,104 +16,14 @@ from numpy.typing import NDArray
 from vllm_core.backend import HostStep, KVGroup
 from vllm_core.ops import BucketKey
 from vllm_core_conformance.case import Case, Evidence, require
-from vllm_core_conformance.cases import kv_steps
+from vllm_core_conformance.cases import kv_steps, kv_traffic
 from vllm_core_conformance.cases.attention_shapes import shape_of
-from vllm_core_conformance.inputs import LARGEST, Random, random
-from vllm_core_conformance.score import require_equal
+from vllm_core_conformance.cases.kv_cache import Cache
+from vllm_core_conformance.inputs import random
 from vllm_core_conformance.steps import Shape
-from vllm_core_conformance.target import Target, calling, numpy_dtype, wide
+from vllm_core_conformance.target import Target, calling, numpy_dtype
 
 Numbers = NDArray[Any]
-Blocks = dict[str, Numbers]
-
-AXES = ("layer", "block", "token", "head", "dim")
-
-
-class Cache:
-    """A cache on the device beside what must be in it: [layers, num_blocks, BT, Hkv, D] by
-    group."""
-
-    def __init__(self, target: Target, groups: Sequence[KVGroup], num_blocks: int) -> None:
-        self.target, self.groups, self.num_blocks = target, tuple(groups), num_blocks
-        self.dtype = numpy_dtype(target.dtype)
-        self.attention = target.runtime.attention
-        with calling("alloc"):
-            self.kv = self.attention.alloc(self.groups, {g.pool: num_blocks for g in groups})
-        self.content: list[Blocks] = [
-            {name: self._zeros(group) for name in "kv"} for group in self.groups
-        ]
-        self.known = [np.zeros(num_blocks, bool) for _ in self.groups]
-
-    def _zeros(self, group: KVGroup) -> Numbers:
-        spec = group.spec
-        lead = (group.layers, self.num_blocks, group.block_tokens, spec.num_kv_heads)
-        return np.zeros((*lead, spec.dim_qk), self.dtype)
-
-    def draw(self, rng: Random, group: KVGroup, count: int) -> Blocks:
-        """Numbers of every size, signed zeros and the largest among them."""
-        shape = (group.layers, count, *self._zeros(group).shape[2:])
-        found = {}
-        for name in "kv":
-            x = rng.normal(size=shape) * 2.0 ** rng.integers(-6, 7, shape)
-            x[rng.random(shape) < 0.02] = -0.0
-            top = LARGEST.get(self.target.dtype, 3.4e38)
-            x[rng.random(shape) < 0.02] = top
-            with np.errstate(all="ignore"):
-                found[name] = x.astype(self.dtype)
-        return found
-
-    def put(self, index: int, ids: Sequence[int], blocks: Blocks) -> None:
-        with calling("import_blocks"):
-            self.kv = self.attention.import_blocks(self.kv, self.groups[index], ids, blocks)
-        for name in "kv":
-            self.content[index][name][:, list(ids)] = blocks[name]
-        self.known[index][list(ids)] = True
-        self._forget(index, ids)
-
-    def copy(self, index: int, src: Sequence[int], dst: Sequence[int]) -> None:
-        arrays = [self.target.array(np.array(x, np.int32)) for x in (src, dst)]
-        with calling("copy_blocks"):
-            self.kv = self.attention.copy_blocks(self.kv, self.groups[index], *arrays)
-        real = [(a, b) for a, b in zip(src, dst) if b]
-        old = {name: x.copy() for name, x in self.content[index].items()}
-        for a, b in real:
-            for name in "kv":
-                self.content[index][name][:, b] = old[name][:, a]
-        self._forget(index, [b for _, b in real])
-
-    def _forget(self, index: int, ids: Sequence[int]) -> None:
-        """Other groups of the pool hold something else in these blocks now."""
-        for other, group in enumerate(self.groups):
-            if other != index and group.pool == self.groups[index].pool:
-                self.known[other][list(ids)] = False
-
-    def require(self, index: int, ids: Sequence[int], what: str) -> Evidence:
-        """Exported blocks are what they must be, in the order of the ids."""
-        group, evidence = self.groups[index], Evidence()
-        with calling("export_blocks"):
-            found = self.attention.export_blocks(self.kv, group, list(ids))
-        require(set(found) == {"k", "v"}, f"export_blocks gave {sorted(found)}, not k and v")
-        for name in "kv":
-            got = np.asarray(found[name])
-            require(
-                got.dtype == self.dtype,
-                f"export_blocks gave {name} as {got.dtype}, the cache is of {self.dtype}",
-            )
-            want = self.content[index][name][:, list(ids)]
-            if got.shape == want.shape and got.tobytes() == want.tobytes():
-                evidence.checks += got.size
-                continue
-            label = f"{what}: {name} of group {group.id}, blocks {list(ids)[:6]}"
-            evidence += require_equal(wide(got), wide(want), label, axes=AXES)
-        return evidence
-
-    def require_all(self, what: str) -> Evidence:
-        evidence = Evidence()
-        for index in range(len(self.groups)):
-            ids = [int(i) for i in np.flatnonzero(self.known[index])]
-            if ids:
-                evidence += self.require(index, ids, what)
-        return evidence
 
 
 def _caches(target: Target, num_blocks: int = 15) -> list[tuple[str, Cache]]:
@@ -159,8 +68,9 @@ def _import_few(target: Target, seed: int) -> Evidence:
 
 
 def _copy(target: Target, seed: int) -> Evidence:
+    """Ten pairs, one source twice among them; then one pair. Lists are padded, as a step's are."""
     rng, evidence = random(seed, "kv.copy"), Evidence()
-    for _, cache in _caches(target):
+    for _, cache in _caches(target, 41):
         ids = [int(i) for i in rng.permutation(np.arange(1, cache.num_blocks))]
         count = len(cache.groups)
         for index, group in enumerate(cache.groups):
@@ -169,9 +79,9 @@ def _copy(target: Target, seed: int) -> Evidence:
         for index in range(count):
             part = ids[index::count]
             src, dst = part[: len(part) // 2], part[len(part) // 2 :]
-            pairs = list(zip([*src[:2], src[0]], dst))  # one source twice
-            pairs += [(0, 0)] * (8 - len(pairs))
-            for some in (pairs, [*pairs[1:2], (0, 0)] + [(0, 0)] * 6):
+            pairs = list(zip([*src[:9], src[0]], dst))  # one source twice
+            pairs += [(0, 0)] * (16 - len(pairs))
+            for some in (pairs, [*pairs[1:2]] + [(0, 0)] * 15):
                 cache.copy(index, [a for a, _ in some], [b for _, b in some])
                 real = [f"{a} to {b}" for a, b in some if b]
                 evidence += cache.require_all(f"copy of blocks {', '.join(real)}")
@@ -196,6 +106,13 @@ def _fresh(target: Target, seed: int) -> Evidence:
         for name in "kv":
             moved.content[index][name][:, [29, 2, 17]] = first.content[index][name][:, [1, 8, 4]]
     evidence += moved.require_all("blocks moved into a larger cache under other ids")
+    with calling("layout_fingerprint"):
+        prints = [target.runtime.attention.layout_fingerprint(group) for group in groups]
+    require(
+        groups[0].layers == groups[1].layers or prints[0] != prints[1],
+        f"groups of {groups[0].layers} and of {groups[1].layers} layers have one fingerprint, "
+        f"{prints[0]!r}: the raw bytes of one would be read as the other",
+    )
     return evidence
 
 
@@ -330,4 +247,5 @@ CASES: tuple[Case, ...] = (
         every=False,
     ),
     *kv_steps.CASES,
+    *kv_traffic.CASES,
 )

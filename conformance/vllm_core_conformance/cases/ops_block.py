@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_core.ops import Ops
-from vllm_core_conformance.case import Case, Evidence
+from vllm_core_conformance.case import Case, Evidence, require
 from vllm_core_conformance.cases.ops_activations import arguments
 from vllm_core_conformance.cases.ops_call import (
     Activation,
@@ -94,7 +94,9 @@ class Block:
 
         return self.bench.call(("block", tag), program, self.args.values())
 
-    def judge(self, op: str, out: Any, exact: Numbers, noise: Numbers, where: str, **how: Any) -> None:
+    def judge(
+        self, op: str, out: Any, exact: Numbers, noise: Numbers, where: str, **how: Any
+    ) -> None:
         """Of the sound rows."""
         size = min(len(exact), TOKENS - PADDING)
         with np.errstate(invalid="ignore"):
@@ -132,7 +134,9 @@ def products(target: Target, seed: int) -> Evidence:
 
     found = list(block.call("products", fn))
     for which in ids:
-        block.bench.equal(found.pop(0), table[which], f"embed from {IDS} rows", axes=("token", "dim"))
+        block.bench.equal(
+            found.pop(0), table[which], f"embed from {IDS} rows", axes=("token", "dim")
+        )
 
     def linear(y: Numbers, own: dict[str, Numbers], where: str) -> None:
         y, pair = _sound(y), (own["weight"], own.get("bias"))
@@ -218,17 +222,27 @@ def rows(target: Target, seed: int) -> Evidence:
             oracle.noise_layer_norm(*args, ratio=ratio),
             "of columns",
         )
-    tables = [found[2 * t : 2 * t + 2] for t in range(len(SCALES))]
-    for f, s in zip(FREQUENCIES, SCALES):
-        angles = positions, f, s
-        for exact, noise in zip(oracle.rope_table(*angles), oracle.noise_rope_table(*angles)):
-            judge("rope_table", _sound(exact), _sound(noise), "one of three", single=True)
-    for t in (1, 0, 2):
-        turn = [_sound(wide(part)) for part in tables[t]]
-        for y in three:
-            exact, noise = oracle.rope(y, *turn), oracle.noise_rope(y, *turn, ratio=ratio)
-            judge("rope", exact, noise, f"by table {t} of three", axes=("token", "head", "dim"))
+    _judge_rotations(block, found, positions, three)
     return block.bench.done()
+
+
+def _judge_rotations(
+    block: Block, found: list[Any], positions: Numbers, heads: list[Numbers]
+) -> None:
+    """Three tables, then the heads of both columns by each."""
+    tables = [[found.pop(0) for _ in range(2)] for _ in SCALES]
+    for table, f, s in zip(tables, FREQUENCIES, SCALES):
+        angles = positions, f, s
+        pairs = zip(table, oracle.rope_table(*angles), oracle.noise_rope_table(*angles))
+        for out, exact, noise in pairs:
+            block.judge("rope_table", out, exact, noise, "one of three", single=True)
+    for t in (1, 0, 2):
+        cos, sin = (_sound(wide(part)) for part in tables[t])
+        for y in heads:
+            exact = oracle.rope(y, cos, sin)
+            noise = oracle.noise_rope(y, cos, sin, ratio=block.bench.ratio)
+            where, axes = f"by table {t} of three", ("token", "head", "dim")
+            block.judge("rope", found.pop(0), exact, noise, where, axes=axes)
 
 
 # ---------------------------------------------------------------- activations and experts
@@ -257,7 +271,11 @@ def experts(target: Target, seed: int) -> Evidence:
         routes = [ops.moe_route(v[f"r{i}"], TOP_K, i == 0, v["valid"]) for i in range(2)]
         mixed = [
             ops.moe_experts(
-                v["x"][:, 24 * i : 24 * i + 24], v[f"ids{i}"], v[f"shares{i}"], v[f"up{i}"], v[f"down{i}"]
+                v["x"][:, 24 * i : 24 * i + 24],
+                v[f"ids{i}"],
+                v[f"shares{i}"],
+                v[f"up{i}"],
+                v[f"down{i}"],
             )
             for i in range(2)
         ]
@@ -270,7 +288,35 @@ def experts(target: Target, seed: int) -> Evidence:
         )
 
     found = list(block.call("experts", fn))
-    some = [_sound(gates[:, part]) for part in parts]
+    _judge_gates(block, found, [_sound(gates[:, part]) for part in parts])
+    for i, logits in enumerate(routers):
+        want, p = oracle.moe_route(logits, TOP_K, i == 0, valid)
+        chosen = found.pop(0)
+        told = f"moe_route {i}: ids are {chosen.dtype}, promised is int32"
+        require(chosen.dtype.name == "int32", told)
+        block.bench.equal(chosen, want, f"moe_route {i}: experts", axes=("token", "choice"))
+        noise = oracle.noise_moe_route(logits, p)
+        block.bench.judge("moe_route", found.pop(0), p, noise, where=f"{i}", single=True)
+    for i in range(2):
+        given = (
+            x[:live, 24 * i : 24 * i + 24],
+            ids[i][:live],
+            wide(shares[i])[:live],
+            up[i],
+            down[i],
+        )
+        exact, noise = oracle.moe_experts(*given), oracle.noise_moe_experts(*given, ratio=ratio)
+        out = found.pop(0)
+        none = np.zeros((PADDING, out.shape[1]))
+        what = f"moe_experts {i}: tokens of no expert, whose inputs are NaN or Inf, get 0"
+        block.bench.equal(out[live:], none, what, axes=("padding token", "channel"))
+        block.judge("moe_experts", out, exact, noise, f"of layer {i}", by_class=True)
+    return block.bench.done()
+
+
+def _judge_gates(block: Block, found: list[Any], some: list[Numbers]) -> None:
+    """Takes its results from the front of `found`."""
+    ratio = block.bench.ratio
     for op, kind in (("silu_and_mul", "silu"), ("gelu_and_mul", "gelu_tanh")):
         for y in some:
             exact, noise = oracle.gated(y, kind), oracle.noise_gated(y, kind, ratio=ratio)
@@ -279,20 +325,6 @@ def experts(target: Target, seed: int) -> Evidence:
         for y in some:
             exact, noise = oracle.activation(y, kind), oracle.noise_activation(y, kind, ratio=ratio)
             block.judge("activation", found.pop(0), exact, noise, f"{kind} of columns")
-    for i, logits in enumerate(routers):
-        want, p = oracle.moe_route(logits, TOP_K, i == 0, valid)
-        block.bench.equal(found.pop(0), want, f"moe_route {i}: experts", axes=("token", "choice"))
-        noise = oracle.noise_moe_route(logits, p)
-        block.bench.judge("moe_route", found.pop(0), p, noise, where=f"{i}", single=True)
-    for i in range(2):
-        given = x[:live, 24 * i : 24 * i + 24], ids[i][:live], wide(shares[i])[:live], up[i], down[i]
-        exact, noise = oracle.moe_experts(*given), oracle.noise_moe_experts(*given, ratio=ratio)
-        out = found.pop(0)
-        none = np.zeros((PADDING, out.shape[1]))
-        what = f"moe_experts {i}: tokens of no expert, whose inputs are NaN or Inf, get 0"
-        block.bench.equal(out[live:], none, what, axes=("padding token", "channel"))
-        block.judge("moe_experts", out, exact, noise, f"of layer {i}", by_class=True)
-    return block.bench.done()
 
 
 def _router(block: Block, name: str) -> Numbers:

@@ -100,7 +100,7 @@ def linear_slices(target: Target, seed: int) -> Evidence:
         both = ops.linear(x, fused)
         middle = both[:, 7 : 7 + heads * dim]
         by_head = both[:, 7 + heads * dim :].reshape(tokens, heads, dim)
-        again = both[:, :heads * dim]
+        again = both[:, : heads * dim]
         return (
             both,
             *(ops.linear(part, last) for part in (middle, again)),
@@ -126,7 +126,9 @@ def tied(target: Target, seed: int) -> Evidence:
     rng, bench = rng_of("ops.logits.tied", seed), Bench(target)
     vocab, width, tokens = 515, 72, 6
     table = bench.round(weight(rng, vocab, width))
-    x = bench.round(rng.normal(size=(tokens, width)) * rng.permutation([1, 1, 8, 30, 30, 90])[:, None])
+    x = bench.round(
+        rng.normal(size=(tokens, width)) * rng.permutation([1, 1, 8, 30, 30, 90])[:, None]
+    )
     ids = rng.integers(0, vocab, tokens).astype(np.int32)
     param = target.param("embedding", {"weight": table})
     ops = target.ops

@@ -97,8 +97,8 @@ def shapes(target: Target, seed: int) -> Evidence:
 
 
 def two_tables(target: Target, seed: int) -> Evidence:
-    """q and k are slices of one product; layers alternate between tables, two of them of one length,
-    as models with local and global layers do."""
+    """q and k are slices of one product; layers alternate between tables, two of them of one
+    length, as models with local and global layers do."""
     rng, bench = rng_of("ops.rope.tables", seed), Bench(target)
     tokens, width, q_heads, k_heads, dim = 71, 24, 10, 2, 32
     kinds = ((16, 1e4, 1.0), (8, 1e6, float(np.float32(1.2079))), (16, 3e5, 1.0))
@@ -113,6 +113,7 @@ def two_tables(target: Target, seed: int) -> Evidence:
         turned = []
         for cos, sin in (tables[1], tables[0], tables[2], tables[1]):
             turned += [ops.rope(q, cos, sin), ops.rope(k, cos, sin)]
+        turned.append(ops.rope(q, tables[0][0], tables[2][1]))  # a pair that nobody made together
         return both, *(part for pair in tables for part in pair), *turned
 
     for _ in range(2):  # new positions, old shapes
@@ -127,7 +128,8 @@ def two_tables(target: Target, seed: int) -> Evidence:
         tables = [(wide(cos), wide(sin)) for cos, sin in pairs]
         for pair, (half, base, scale) in zip(pairs, kinds):
             _judge_table(bench, pair, positions, half, base, scale)
-        turned = zip(rest[2 * len(kinds) :], (1, 1, 0, 0, 2, 2, 1, 1), strict=True)
+        _judge_rope(bench, rest[-1], q, tables[0][0], tables[2][1], "by cos and sin of two tables")
+        turned = zip(rest[2 * len(kinds) : -1], (1, 1, 0, 0, 2, 2, 1, 1), strict=True)
         for place, (out, which) in enumerate(turned):
             name, head = (("q", q), ("k", k))[place % 2]
             _judge_rope(bench, out, head, *tables[which], f"of {name} by table {which} of three")

@@ -12,6 +12,7 @@ import numpy as np
 from vllm_core.ops import Ops
 from vllm_core_conformance.case import Case, Evidence, require
 from vllm_core_conformance.cases.ops_call import Bench, Fixed, rng_of
+from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.target import Target, calling, numpy_dtype, wide
 
 MASK = 0xFFFFFFFF
@@ -32,11 +33,18 @@ def arrays(target: Target, seed: int) -> Evidence:
         "reversed": base[::-1],
         "read-only": read_only,
         "empty": np.zeros((0, 3), np.int32),
+        # long enough that a copy in the background is not done when asarray returns
+        "long": rng.integers(0, 99, 60_000).astype(np.int32),
+        "longer": rng.normal(size=(30, 10_000)).astype(np.float32),
     }
     wanted = {name: host.copy() for name, host in hosts.items()}
+    values = {}
     with calling("asarray"):
-        values = {name: ops.asarray(host) for name, host in hosts.items()}
-    for host in (hosts["float32"], hosts["int32"], base):
+        for name, host in hosts.items():
+            values[name] = ops.asarray(host)
+            if name.startswith("long"):
+                host[...] = 77  # at once
+    for host in (hosts["longer"], hosts["long"], hosts["float32"], hosts["int32"], base):
         host[...] = 77
     hosts["bool"][...] = False
     for name, value in values.items():
@@ -201,7 +209,7 @@ def order(target: Target, seed: int) -> Evidence:
     x[5] *= np.float32(1e30)
     x[6] = -np.abs(x[6]) - 1
     x[7] = np.round(x[7] * 2)
-    x += 0.0  # 0.0 and -0.0 need not tie
+    x[8] = np.where(rng.random(83) < 0.5, 0.0, -0.0)  # all tie
     broken = x.copy()
     broken[7, rng.integers(83)] = np.nan
 
@@ -345,6 +353,81 @@ def names(target: Target, seed: int) -> Evidence:
     return bench.done()
 
 
+def _tally(ops: Ops, ids: Any, given: Any, seeds: Any, broken: Any, model: str) -> tuple[Any, ...]:
+    """Counts, draws and orders as the sampler's text does."""
+    rows = ops.arange(4)[:, None]
+    blank = ops.full((4, 11), 0, "float32")
+    marks = ops.put(blank, (rows, ids), 1.0)
+    counts = ops.accumulate(blank * 0, (rows, ids), ops.full((4, 30), 1, "float32"))
+    best, places = ops.top(counts, 4)
+
+    def turn(word: Any) -> Any:
+        return (word * 5 + ops.word(0x9E3779B9)) & ops.word(0xFFFFFFFF)
+
+    mixed = ops.repeat(3, turn, ops.words(seeds) & 0xFFFF)
+    is_large = ops.cast(ops.words(seeds) > ops.word(0x7FFFFFFF), "int32")
+    narrow = ops.cast(ops.cast(given, model), "float32")
+    return (
+        marks,
+        counts,
+        best,
+        places,
+        mixed >> 7,
+        is_large,
+        narrow,
+        ops.cast(ops.amax(broken) > 0, "int32"),
+        ops.amax(broken),
+        ops.full((3,), 2, "int32"),
+    )
+
+
+def together(target: Target, seed: int) -> Evidence:
+    """The vocabulary as the sampler's text uses it: repeated ids, ties, unsigned words, overflow.
+    The host's arrays change as soon as asarray returned."""
+    rng, bench, model = rng_of("ops.vocabulary.together", seed), Bench(target), target.dtype
+    ids = rng.integers(0, 11, (4, 30)).astype(np.int32)
+    given = (rng.normal(size=40_000) * 10.0 ** rng.integers(-3, 4, 40_000)).astype(np.float32)
+    given[:6] = 3.4e38, -3.4e38, 70_000, 65_519, np.inf, np.nan
+    seeds = rng.integers(-(2**31), 2**31, 50_000, dtype=np.int64).astype(np.int32)
+    broken = rng.normal(size=(5, 17)).astype(np.float32)
+    broken[[0, 2], rng.integers(17, size=2)] = np.nan
+    values = []
+    for host in (ids, given, seeds, broken):
+        own = host.copy()
+        with calling("asarray"):
+            values.append(target.ops.asarray(own))
+        own[...] = 3
+
+    def fn(ids: Any, given: Any, seeds: Any, broken: Any) -> tuple[Any, ...]:
+        return _tally(target.ops, ids, given, seeds, broken, model)
+
+    found = [np.asarray(x) for x in target.call(("ops", "vocabulary together"), fn, *values)]
+    counts = np.stack([np.bincount(row, minlength=11) for row in ids])
+    order = np.argsort(-counts, axis=-1, kind="stable")[:, :4]
+    word = seeds.astype(np.int64) & 0xFFFF
+    for _ in range(3):
+        word = (word * 5 + 0x9E3779B9) & MASK
+    with np.errstate(over="ignore"):
+        narrow = wide(given.astype(numpy_dtype(model)))
+    wanted: tuple[tuple[str, str, Any], ...] = (
+        ("put of one constant at repeated ids", "float32", counts > 0),
+        ("accumulate of ones at repeated ids", "float32", counts),
+        ("the largest counts", "float32", np.take_along_axis(counts, order, -1)),
+        ("ids of the largest counts, ties to the lowest", "int32", order),
+        ("words after three rounds, shifted", "", word >> 7),
+        ("words above 2^31 - 1", "int32", seeds < 0),
+        (f"float32 through {model}: to nearest, too large is infinite", "float32", narrow),
+        ("a row with NaN has no maximum above 0", "int32", broken.max(-1) > 0),
+        ("amax", "float32", broken.max(-1)),
+        ("full of int32", "int32", np.full(3, 2)),
+    )
+    for out, (name, dtype, want) in zip(found, wanted, strict=True):
+        require(dtype in ("", out.dtype.name), f"{name}: the result is {out.dtype}, not {dtype}")
+        out, want = out.astype(np.float64), np.asarray(want).astype(np.float64)
+        bench.evidence += require_equal(out + 0.0, want + 0.0, name, nan_equal=True)
+    return bench.done()
+
+
 _CORE = frozenset({"core"})
 
 CASES: tuple[Case, ...] = (
@@ -370,5 +453,18 @@ CASES: tuple[Case, ...] = (
         _CORE,
     ),
     Case("ops.vocabulary.words", "computes with unsigned words of 32 bits", words, _CORE),
-    Case("ops.vocabulary.names", "has the names that shared code calls", names, _CORE),
+    Case(
+        "ops.vocabulary.names",
+        "has the names that shared code calls",
+        names,
+        _CORE,
+        scored=False,  # whoever lacks one fails everywhere; it says which
+    ),
+    Case(
+        "ops.vocabulary.together",
+        "counts, orders, casts and mixes words as the sampler's text does",
+        together,
+        _CORE,
+        every_dtype=True,
+    ),
 )

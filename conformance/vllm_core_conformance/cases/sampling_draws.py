@@ -237,6 +237,9 @@ def everything(target: Target, seed: int) -> Evidence:
         for row in rng.permutation(MANY)[:5].tolist():
             logits[row, rng.integers(ODD)] = rng.choice([np.nan, np.inf])
             requests[row] = Request(seed=_seed(rng), top_k=3)
+        for row in rng.permutation(MANY)[:12].tolist():  # half of the tokens stand at min-p's limit
+            requests[row] = Request(seed=_seed(rng), min_p=0.5, position=row)
+            logits[row] = np.where(rng.random(ODD) < 0.5, -float(requests[row].gap), 0.0)
         judge.look(logits, requests, *sample(target, logits, requests))
     return judge.done()
 

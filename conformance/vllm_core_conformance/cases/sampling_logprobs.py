@@ -31,7 +31,8 @@ def _logits(rng: np.random.Generator, vocab: int) -> Any:
     x[7, rng.integers(vocab)] = 300
     x[8] = -np.inf
     x[8, rng.integers(vocab)] = 2.0
-    return x.astype(np.float32).astype(np.float64) + 0.0  # 0.0 and -0.0 need not tie
+    x[9] = np.where(rng.random(vocab) < 0.7, 0.0, -0.0)
+    return x.astype(np.float32).astype(np.float64)
 
 
 def _report(target: Target, logits: Any, targets: Any, count: int) -> Any:

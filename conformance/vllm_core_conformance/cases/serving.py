@@ -90,7 +90,7 @@ def _together(target: Target, seed: int) -> Evidence:
     """Each request alone, one after the other; then all at once in another order, with late
     arrivals that take over rows, tables and slots of others."""
     rng = seeded("together", seed)
-    served = serve(target, PLAIN, seed)
+    served = _many(target, seed)
     lengths = rng.permutation([2, 3, 5, 7, 9, 11, 14, 17, 20, 23])
     prompts = [prompt(rng, int(length)) for length in lengths]
 
@@ -113,8 +113,11 @@ def _together(target: Target, seed: int) -> Evidence:
     order = [mixed[i] for i in rng.permutation(len(mixed))]
     late = {2: order[4:6], 5: order[6:8], 9: order[8:]}
     judge.told = "together with others"
-    streams = run(served.engine(Setup()), order[:4], late=late)
+    streams = run(served.engine(Setup(num_rows=5)), order[:4], late=late)
     judge.all(mixed, streams)
+    wide = [greedy(served, p, f"r{i}", max_tokens=9) for i, p in enumerate([*prompts, [7], [9]])]
+    judge.told = "twelve rows in one step"
+    judge.all(wide, run(served.engine(Setup()), wide))
     found = judge.evidence()
     if target.caps.batch_invariant:
         found += _equal(alone, streams)
@@ -133,10 +136,14 @@ def _equal(alone: Streams, together: Streams) -> Evidence:
     return Evidence(checks=sum(len(own.tokens) for own in alone.values()))
 
 
+def _many(target: Target, seed: int) -> Served:
+    return serve(target, replace(PLAIN, max_len=280), seed, rows=37, budget=40, sequences=6)
+
+
 def _many_rows(target: Target, seed: int) -> Evidence:
     """More rows than one tile holds, beside contexts of hundreds of tokens."""
     rng = seeded("many rows", seed)
-    served = serve(target, replace(PLAIN, max_len=280), seed, rows=37, budget=40, sequences=6)
+    served = _many(target, seed)
     requests = [
         greedy(served, prompt(rng, int(length)), f"r{i}", max_tokens=5)
         for i, length in enumerate(rng.integers(1, 9, 36))
@@ -166,8 +173,15 @@ def _preemption(blueprint: Blueprint, target: Target, seed: int) -> Evidence:
     served = serve(target, blueprint, seed)
     b = served.block_tokens
     length = -(-3 * served.max_len // (10 * b)) * b - 2
+    counted = {"presence_penalty": 1.5, "frequency_penalty": 1.5}  # of the output, lost or not
     requests = [
-        greedy(served, prompt(rng, max(1, length - i % 3)), f"r{i}", max_tokens=14)
+        greedy(
+            served,
+            prompt(rng, max(1, length - i % 3)),
+            f"r{i}",
+            max_tokens=14,
+            **(counted if i % 2 else {}),
+        )
         for i in range(5)
     ]
     # two fit while they start, and not once they have grown

@@ -172,7 +172,11 @@ class Play:
 
     def _hit(self, row: int) -> int:
         """A cached prefix of whole blocks of every group, often none."""
-        step, world, first = int(np.lcm.reduce(self.world.block_tokens)), self.world, self.first[row]
+        step, world, first = (
+            int(np.lcm.reduce(self.world.block_tokens)),
+            self.world,
+            self.first[row],
+        )
         most = (world.length - 2 - first) // step
         return first + step * int(self.rng.integers(0, min(most, world.hits) + 1))
 

@@ -254,9 +254,7 @@ def wrong_shape(target: Target, seed: int) -> Evidence:
     odd = {"weight": _host(rng, (4, 8), "float32")}
     mixed = [Part("dense", odd, 4), Part("suite-knows-no-such-scheme", odd, 4)]
     what = "a part of a scheme that no backend knows"
-    require(
-        _is_refused(target, ParamSpec("w", (8, 8), "linear"), mixed, what), f"load took {what}"
-    )
+    require(_is_refused(target, ParamSpec("w", (8, 8), "linear"), mixed, what), f"load took {what}")
     return evidence
 
 
@@ -364,7 +362,10 @@ def _compute(bench: Bench, rng: np.random.Generator, params: list[Param], stored
     bench.equal(found[0], w[0][ids], "embed of a table in parts", axes=("token", "dim"))
     norm = x, w[1], stored[1]["bias"], 1e-5
     bench.judge(
-        "layer_norm", found[1], oracle.layer_norm(*norm), oracle.noise_layer_norm(*norm, ratio=ratio)
+        "layer_norm",
+        found[1],
+        oracle.layer_norm(*norm),
+        oracle.noise_layer_norm(*norm, ratio=ratio),
     )
     for out, own in zip(found[2:5], stored[2:5]):
         pair = own["weight"], own.get("bias")
@@ -376,14 +377,14 @@ def _compute(bench: Bench, rng: np.random.Generator, params: list[Param], stored
             where=f"of weights {list(pair[0].shape)} in parts",
             by_class=True,
         )
-    for out, which, pair in zip(found[5:], (more, chosen), (w[5:7], w[7:9])):
-        given = x, which, wide(shares), *pair
+    for out, which, up, down in zip(found[5:], (more, chosen), w[5::2], w[6::2]):
+        given = x, which, wide(shares), up, down
         bench.judge(
             "moe_experts",
             out,
             oracle.moe_experts(*given),
             oracle.noise_moe_experts(*given, ratio=ratio),
-            where=f"of {len(pair[1])} experts in parts",
+            where=f"of {len(up)} experts in parts",
             by_class=True,
         )
 

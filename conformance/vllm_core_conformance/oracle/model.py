@@ -51,6 +51,8 @@ class Layer:
     biases: bool = False
     scale: float = 0.3
     """Of the scores; on purpose not dim ** -0.5."""
+    theta: float | None = None
+    """Base of its rotary frequencies; None: the blueprint's."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,13 @@ class Blueprint:
 
     @property
     def inverse_frequency(self) -> tuple[float, ...]:
+        """[dim / 2] float32 values, of the first layer."""
+        return self.frequency_of(self.layers[0])
+
+    def frequency_of(self, layer: Layer) -> tuple[float, ...]:
         """[dim / 2] float32 values."""
-        half = self.layers[0].dim // 2
-        exact = self.theta ** -(np.arange(half) / half)
+        half = layer.dim // 2
+        exact = (layer.theta or self.theta) ** -(np.arange(half) / half)
         return tuple(float(f) for f in exact.astype(np.float32))
 
 
@@ -203,7 +209,7 @@ def _attention(
         q = _norm(q, own["q_norm"], facts.norm, blueprint.eps, device)
         k = _norm(k, own["k_norm"], facts.norm, blueprint.eps, device)
     if facts.rotates:
-        frequency = np.array(blueprint.inverse_frequency, np.float32)
+        frequency = np.array(blueprint.frequency_of(facts), np.float32)
         angle = np.arange(count, dtype=np.float32)[:, None] * frequency  # float32 by contract
         wide = angle.astype(np.float64)[:, None]
         cos, sin = device.table(np.cos(wide)), device.table(np.sin(wide))

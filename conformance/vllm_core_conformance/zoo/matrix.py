@@ -316,6 +316,9 @@ def _round(
                 found[futures[future]] = future.result()
             except BrokenProcessPool:
                 continue
+            except Exception as error:  # of the suite: the rest shall be told all the same
+                print(f"{futures[future]}: {type(error).__name__}: {error}", file=sys.stderr)
+                continue
             said = f"{futures[future]}: {told(future.result())}"
             print(f"[{len(found):4}] {said}", file=sys.stderr, flush=True)
     return [call for call in calls if call[0] not in found]
