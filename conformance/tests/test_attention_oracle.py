@@ -80,6 +80,7 @@ def test_nothing_that_no_query_sees_reaches_the_oracle():
     scene = _scene("window", 5)
     before = vectorised.attention(scene, "float32")
     shape, size = scene.shape, scene.shape.block_tokens
+    assert shape.window is not None
     seen = np.zeros(scene.keys.shape[:3], bool)
     for row, table in enumerate(scene.tables):
         first = max(0, int(scene.cached[row]) - shape.window + 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -60,7 +62,7 @@ def exact(scene: Scene) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("facts", [{"window": 21}, {"softcap": 3.0, "sinks": True}])
 def test_honest_kernels_agree_with_plain_loops(
-    name: str, dtype: str, facts: dict[str, object]
+    name: str, dtype: str, facts: dict[str, Any]
 ) -> None:
     target = Target(Source(name, HONEST[name]), dtype)
     wanted = scene(target, **facts)
@@ -97,7 +99,7 @@ def test_the_zoo_is_found_by_name() -> None:
 
 def test_every_attention_fault_differs_from_the_right_result_somewhere() -> None:
     """At least in what a coded scene of one kind shows; a fault that never differs is none."""
-    kinds = ({"window": 21}, {"softcap": 3.0, "sinks": True}, {})
+    kinds: tuple[dict[str, Any], ...] = ({"window": 21}, {"softcap": 3.0, "sinks": True}, {})
     for name in ("block_rounds_up", "causal_top_left", "window_plus_one", "softcap_after_mask"):
         fault = all_faults()[name]
         target = Target(Source(name, fault.open), "float32")
@@ -147,7 +149,7 @@ def test_results_that_are_cut_off_are_told_from_rounded_ones(is_cut: bool) -> No
     """Although every single error is within the noise of attention."""
     rng = np.random.default_rng(0)
     wanted = rng.normal(size=(80, 6, 64))
-    bits = wanted.astype(np.float32).view(np.uint32)
+    bits: Any = wanted.astype(np.float32).view(np.uint32)
     bits = bits + (0 if is_cut else 0x8000) & 0xFFFF0000
     out = bits.astype(np.uint32).view(np.float32).astype(np.float64)
     noise = np.abs(wanted) + 2 * np.abs(rng.normal(size=wanted.shape))

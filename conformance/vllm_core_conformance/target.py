@@ -17,8 +17,17 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_core.backend import BackendInfo, Executable, OpenConfig, Program, Runtime
+from vllm_core.backend import (
+    AttentionSpec,
+    BackendInfo,
+    Executable,
+    OpenConfig,
+    Program,
+    Runtime,
+    StepConstraints,
+)
 from vllm_core.ops import Array, BucketKey, Ops, Param, ParamSpec, Part
+from vllm_core_conformance.case import require
 
 Numbers = NDArray[Any]
 
@@ -87,6 +96,25 @@ class Target:
         self.memo.clear()
         with calling("close"):
             self.runtime.close()
+
+    # ---- facts that cases rely on
+    def block_tokens(self, spec: AttentionSpec) -> tuple[int, ...]:
+        """The offered block sizes; Failed where none can be used."""
+        with calling("block_tokens"):
+            sizes = tuple(self.runtime.attention.block_tokens(spec))
+        require(
+            bool(sizes) and all(isinstance(x, int) and x > 0 for x in sizes),
+            f"block_tokens gave {sizes!r}: no cache can be made of that",
+        )
+        return sizes
+
+    def constraints(self) -> StepConstraints:
+        """The declared limits of a step; Failed where no step could keep to them."""
+        with calling("constraints"):
+            found = self.runtime.constraints()
+        limits = (found.chunk_multiple, found.max_prefills or 1, found.max_tokens or 1)
+        require(min(limits) > 0, f"constraints() gave {found}: no step could ever run")
+        return found
 
     # ---- values
     def round(self, x: Numbers) -> Numbers:
@@ -200,10 +228,13 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def round_to(x: Numbers, dtype: str) -> Numbers:
     """The nearest numbers that `dtype` holds, in float64."""
     with np.errstate(over="ignore", under="ignore"):
-        return np.asarray(x, np.float64).astype(numpy_dtype(dtype)).astype(np.float64)
+        rounded: Numbers = np.asarray(x, np.float64).astype(numpy_dtype(dtype)).astype(np.float64)
+    return rounded
 
 
 def wide(x: Any) -> Numbers:
     """A fetched float array in float64; others as they are."""
-    x = np.asarray(x)
-    return x.astype(np.float64) if x.dtype.kind in "fV" or x.dtype.name == "bfloat16" else x
+    found: Numbers = np.asarray(x)
+    if found.dtype.kind in "fV" or found.dtype.name == "bfloat16":
+        return found.astype(np.float64)
+    return found

@@ -26,6 +26,7 @@ from vllm_core.backend import (
     BucketPolicy,
     Capabilities,
     DeviceInfo,
+    HostStep,
     KVFormat,
     KVGroup,
     OpenConfig,
@@ -40,8 +41,8 @@ from vllm_core.params import MAX_LOGPROBS
 from vllm_core_conformance.case import Case, Evidence, Failed, require
 from vllm_core_conformance.cases.contract_listing import listing
 from vllm_core_conformance.cases.contract_signatures import signatures
-from vllm_core_conformance.cases.programs_echo import ROWS, SMALL, Weights
-from vllm_core_conformance.cases.programs_session import Session
+from vllm_core_conformance.cases.contract_works import two_runtimes, works
+from vllm_core_conformance.cases.programs_echo import ROWS, SMALL
 from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.target import Raised, Target, calling, wide
 
@@ -189,7 +190,7 @@ def capabilities(target: Target, rng: np.random.Generator) -> Evidence:
 def dtypes(target: Target, rng: np.random.Generator) -> Evidence:
     """Every declared dtype opens and computes in itself; what is not declared is refused."""
     evidence, declared = Evidence(), target.caps.dtypes
-    numbers = rng.integers(-8, 9, (3, 8)).astype(np.float64)
+    numbers = rng.integers(-8, 9, (min(130, target.caps.max_logit_rows or 130), 8))
     weight = rng.integers(-8, 9, (4, 8)).astype(np.float64)
     for dtype in sorted(declared):
         own = target.fresh(dtype)
@@ -202,12 +203,18 @@ def dtypes(target: Target, rng: np.random.Generator) -> Evidence:
             f"{sorted(declared)}",
         )
         param = own.param("linear", {"weight": weight})
-        (out,) = own.call("dtypes", lambda x, p, ops=own.ops: (ops.linear(x, p),),
-                          own.array(numbers), param)  # fmt: skip
+        out, logits = own.call(
+            "dtypes",
+            lambda x, p, ops=own.ops: (ops.linear(x, p), ops.logits(x, p)),
+            own.array(numbers.astype(np.float64)),
+            param,
+        )
         name = np.asarray(out).dtype.name
         require(name == dtype, f"opened with {dtype}, linear gives {name}")
         what = f"linear of small whole numbers in {dtype}"
-        evidence += require_equal(wide(out), own.round(numbers @ weight.T), what)
+        evidence += require_equal(wide(out) + 0.0, own.round(numbers @ weight.T) + 0.0, what)
+        what = f"logits of {len(numbers)} rows of small whole numbers in {dtype}"
+        evidence += require_equal(wide(logits) + 0.0, numbers @ weight.T + 0.0, what)
         own.close()
         evidence.checks += 3
     for dtype in (*(d for d in DTYPES if d not in declared), *NO_DTYPES):
@@ -278,7 +285,12 @@ def buckets(target: Target, rng: np.random.Generator) -> Evidence:
                 isinstance(sizes, tuple) and all(isinstance(s, int) and s > 0 for s in sizes),
                 f"buckets{announced}.{axis} is {sizes!r}: expected a tuple of sizes above 0",
             )
-        evidence.checks += 5
+        require(
+            not target.is_static or bool(policy.tokens or policy.rows or policy.widths),
+            f"static shapes are declared, yet buckets{announced} are any: each new length would "
+            "cost a compilation",
+        )
+        evidence.checks += 6
         most_tokens, most_rows, most_width = announced
         for at in range(60):
             edge = at < 4
@@ -310,6 +322,19 @@ def _covers(policy: BucketPolicy, key: BucketKey, announced: tuple[int, ...]) ->
 def attention_facts(target: Target, rng: np.random.Generator) -> Evidence:
     """block_tokens offers sizes; block_bytes and fingerprint answer for each."""
     evidence, attention = Evidence(), target.runtime.attention
+    one, host = np.ones(1, np.int32), []
+    for length in (5, 9):
+        with calling("plan_host"):
+            found = attention.plan_host(
+                HostStep(one, one * length, (1, 1, 1)), BucketKey(8, 2, (4,))
+            )
+        host.append({name: np.asarray(x).tolist() for name, x in found.items()})
+    require(
+        not target.caps.exact_host_lengths or host[0] != host[1],
+        "exact_host_lengths is declared, so that steps wait for each other, yet plan_host makes "
+        f"{host[0]!r} of a row of 5 tokens and of one of 9",
+    )
+    evidence.checks += 1
     for heads, kv_heads, dim, window in ((4, 2, 64, None), (7, 1, 128, 33), (6, 6, 80, None)):
         spec = AttentionSpec(
             heads, kv_heads, dim, dim, 0.1, KVFormat(target.dtype), group=0, window=window
@@ -441,29 +466,6 @@ def vocabulary(target: Target, rng: np.random.Generator) -> Evidence:
     return evidence
 
 
-def two_runtimes(target: Target, rng: np.random.Generator) -> Evidence:
-    """Two runtimes open at once, their steps in turn: each computes its own."""
-    evidence, other = Evidence(), target.fresh()
-    both = [(t, Weights.make(t, rng), Session(t, rng)) for t in (target, other)]
-    steps = []
-    for number in range(4):
-        for which, (_, weights, session) in enumerate(both):
-            if number == 0:
-                session.admit(3, 4 + which)
-                session.admit(which, 2)
-                work = [(3, 4 + which), (which, 2)]
-            else:
-                work = [(which, 1), (3, 1)]
-            steps.append((which, session, session.submit(work, weights)))
-    for which, session, pending in steps:
-        evidence += session.check(pending, when=f" of runtime {which} of two")
-    for which, (_, weights, session) in enumerate(both):
-        evidence += session.check_state(f" of runtime {which} of two")
-        evidence += session.check_cache(weights, f" of runtime {which} of two")
-    other.close()
-    return evidence
-
-
 def _case(name: str, says: str, body: Body, *profiles: str) -> Case:
     def run(target: Target, seed: int) -> Evidence:
         return body(target, np.random.default_rng([seed, zlib.crc32(f"contract.{name}".encode())]))
@@ -484,5 +486,6 @@ CASES: tuple[Case, ...] = (
     _case(
         "vocabulary", "the array vocabulary is there and agrees at the edges", vocabulary, "core"
     ),
+    _case("works", "each declared thing works, all else is refused or right", works, "core"),
     _case("two_runtimes", "two runtimes do not disturb each other", two_runtimes, "core"),
 )

@@ -22,7 +22,7 @@ from vllm_core.errors import NotSupported
 from vllm_core.ops import Column, Features
 from vllm_core_conformance.case import Case, Evidence, Failed
 from vllm_core_conformance.score import require_equal
-from vllm_core_conformance.steps import Scene, Shape, Stage
+from vllm_core_conformance.steps import Scene, Seen, Shape, Stage
 from vllm_core_conformance.target import Raised, Target, wide
 
 Numbers = NDArray[Any]
@@ -77,8 +77,7 @@ def repeat_attention(target: Target, rng: np.random.Generator) -> Evidence:
         def compute() -> Results:
             stage.write_cache(scene)
             seen = stage.play(scene)
-            assert seen.lse is not None
-            return seen.out[: scene.num_tokens], seen.lse[: scene.num_tokens]
+            return seen.out[: scene.num_tokens], _lse(seen)[: scene.num_tokens]
 
         return compute
 
@@ -250,6 +249,12 @@ def _scene(target: Target, rng: np.random.Generator) -> Scene:
     )
 
 
+def _lse(seen: Seen) -> Numbers:
+    if seen.lse is None:
+        raise Failed("attention with return_lse gave None for the log-sum-exp")
+    return seen.lse
+
+
 def _part(scene: Scene, row: int, begin: int, end: int) -> Scene:
     """Tokens begin..end of one row, behind what precedes them in the step."""
     here = slice(int(scene.starts[row]) + begin, int(scene.starts[row]) + end)
@@ -271,7 +276,7 @@ def attention_in_any_batch(target: Target, rng: np.random.Generator) -> Evidence
     stage = Stage(target, SHAPE)
     stage.write_cache(scene)
     whole = stage.play(scene)
-    assert whole.lse is not None
+    all_lse = _lse(whole)
     cuts = [0, *sorted(rng.permutation(np.arange(1, 30))[:2].tolist()), 30]
     chunks = list(pairwise(cuts))
     plays = [("alone", 0, 0, 1), ("alone", 1, 0, 1), ("alone", 2, 0, 30)]
@@ -281,9 +286,8 @@ def attention_in_any_batch(target: Target, rng: np.random.Generator) -> Evidence
         for text, row, begin, end in plays:
             part = replace(_part(scene, row, begin, end), exact_shapes=exact)
             seen, at = stage.play(part), int(scene.starts[row])
-            assert seen.lse is not None
             what = f"row {row} {text}{', not padded' if exact else ''}, against the whole step"
-            for name, some, every in (("out", seen.out, whole.out), ("lse", seen.lse, whole.lse)):
+            for name, some, every in (("out", seen.out, whole.out), ("lse", _lse(seen), all_lse)):
                 evidence += require_equal(
                     some[: end - begin],
                     every[at + begin : at + end],

@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_core.backend import AttentionSpec, Capabilities, KVFormat, OpenConfig
 from vllm_core.errors import InvalidArgument, NotSupported, VllmCoreError
 from vllm_core.ops import ParamSpec, Part
 from vllm_core_conformance import score
 from vllm_core_conformance.case import Case, Evidence, Failed, require
-from vllm_core_conformance.cases.programs_session import healthy
+from vllm_core_conformance.cases.contract_works import (
+    exercise,
+    require_equal_caps,
+    require_steady,
+)
+from vllm_core_conformance.cases.programs_echo import Weights
+from vllm_core_conformance.cases.programs_session import Session, healthy
 from vllm_core_conformance.oracle import attention as oracle
 from vllm_core_conformance.steps import Scene, Shape, play
 from vllm_core_conformance.target import Raised, Target, calling, wide
@@ -27,6 +35,10 @@ from vllm_core_conformance.target import Raised, Target, calling, wide
 Numbers = NDArray[Any]
 Body = Callable[[Target, np.random.Generator], Evidence]
 
+RESERVED = (
+    "tier", "max_drafts", "compact_tables", "q_pos", "tree", "bidirectional", "shard", "kv_dtypes"
+)  # fmt: skip
+"""Bits that this seam knows by name only."""
 SHORTEST = 15
 """Characters of a message that says what was wanted and what to change."""
 
@@ -87,12 +99,14 @@ def _scene(target: Target, shape: Shape, rng: np.random.Generator) -> Scene:
     )
 
 
-def _shape(dim: int, **more: Any) -> Shape:
+def _shape(target: Target, dim: int, **more: Any) -> Shape:
+    spec = AttentionSpec(4, 2, dim, dim, 0.3, KVFormat(target.dtype), group=0)
+    offered = target.block_tokens(spec)
     return Shape(
         num_q_heads=4,
         num_kv_heads=2,
         dim=dim,
-        block_tokens=16,
+        block_tokens=16 if 16 in offered else min(x for x in offered if x >= min(16, max(offered))),
         num_blocks=8,
         tokens=8,
         rows=2,
@@ -104,9 +118,7 @@ def _shape(dim: int, **more: Any) -> Shape:
 
 def lse_with_sinks(target: Target, rng: np.random.Generator) -> Evidence:
     """return_lse with sinks: InvalidArgument, from the call or from the wait."""
-    scene = _scene(target, _shape(32, sinks=True, return_lse=True), rng)
-    what = "attention with sinks and return_lse"
-    evidence = _refused(what, InvalidArgument, lambda: play(target, scene))
+    evidence = _sinks_with_lse(target, rng)
     evidence += healthy(target, int(rng.integers(1000)), "return_lse with sinks was refused")
     return evidence
 
@@ -139,7 +151,22 @@ def unknown_scheme(target: Target, rng: np.random.Generator) -> Evidence:
 
 
 def reserved(target: Target, rng: np.random.Generator) -> Evidence:
-    """update and transfer are reserved: refused, or, by a backend ahead of its time, right."""
+    """Reserved bits are not declared; update and transfer are refused, or right."""
+    evidence = Evidence()
+    usual = Capabilities(dtypes=frozenset(), default_dtype="")
+    for name in RESERVED:
+        value, default = getattr(target.caps, name), getattr(usual, name)
+        require(
+            value == default,
+            f"caps.{name} is {value!r}, but it is reserved: nothing in the seam serves it yet",
+        )
+        evidence.checks += 1
+    evidence += _reserved_calls(target, rng)
+    return evidence
+
+
+def _reserved_calls(target: Target, rng: np.random.Generator) -> Evidence:
+    """By a backend ahead of its time they may work."""
     weight = target.round(rng.normal(size=(8, 16)))
     newer = target.round(rng.normal(size=(8, 16)))
     param = target.param("linear", {"weight": weight})
@@ -171,14 +198,86 @@ def reserved(target: Target, rng: np.random.Generator) -> Evidence:
     return evidence
 
 
+def middle(target: Target, rng: np.random.Generator) -> Evidence:
+    """Refusals while a session runs: each of its kind, whatever went before, and nothing of them
+    stays. Then all that is declared works as if nothing had been."""
+    weights, session = Weights.make(target, rng), Session(target, rng)
+    session.admit(2, 5)
+    session.admit(4, 2)
+    evidence = session.check(session.submit([(2, 5), (4, 2)], weights))
+    for what, refuse in (
+        ("a weight of an unknown scheme", _unknown_scheme_again),
+        ("dtypes that nobody has", _unknown_dtypes),
+        ("sinks with return_lse", _sinks_with_lse),
+        ("dtype auto", _auto),
+        ("an unknown axis", _unknown_axis),
+        ("what is reserved", _reserved_calls),
+    ):
+        before = session.submit([(4, 1), (2, 1)], weights)
+        evidence += refuse(target, rng)
+        evidence += session.check(before, when=f" submitted before {what} was refused")
+        after = session.submit([(2, 1), (4, 1)], weights)
+        evidence += session.check(after, when=f" after {what} was refused")
+    evidence += session.check_state(" after refusals")
+    evidence += session.check_cache(weights, " after refusals")
+    evidence += exercise(target, rng, " after refusals of other things")
+    evidence += require_steady(target, "after refusals")
+    evidence += require_equal_caps(target)
+    return evidence
+
+
+def _unknown_scheme_again(target: Target, rng: np.random.Generator) -> Evidence:
+    part = Part("q3_nobody", {"weight": target.round(rng.normal(size=(32, 4, 16)))}, 32)
+    spec = ParamSpec("layer.2.experts", (32, 4, 16), "experts")
+    what = "load of experts of an unknown scheme"
+    return _refused(what, NotSupported, lambda: target.runtime.load(spec, [part]), "q3_nobody")
+
+
+def _unknown_dtypes(target: Target, rng: np.random.Generator) -> Evidence:
+    evidence = Evidence()
+    for dtype in ("float80_of_nobody", "int16"):
+        config = OpenConfig(dtype=dtype, checkpoint_dtype="float32", threads=1)
+        what = f"opening with dtype {dtype!r}"
+        evidence += _refused(what, NotSupported, partial(target.source.open, config))
+    return evidence
+
+
+def _sinks_with_lse(target: Target, rng: np.random.Generator) -> Evidence:
+    """Judged where both are declared; without either, any refusal that the core knows will do."""
+    both = target.caps.sinks and target.caps.return_lse
+    kind = InvalidArgument if both else VllmCoreError
+    scene = _scene(target, _shape(target, 32, sinks=True, return_lse=True), rng)
+    return _refused("attention with sinks and return_lse", kind, lambda: play(target, scene))
+
+
+def _auto(target: Target, rng: np.random.Generator) -> Evidence:
+    """auto is a declared dtype, also beside a runtime that works in another."""
+    for checkpoint in (None, "int8"):
+        with calling("open with dtype auto"):
+            runtime = target.source.open(OpenConfig(dtype="auto", checkpoint_dtype=checkpoint))
+        found = runtime.dtype
+        with calling("close"):
+            runtime.close()
+        require(
+            found in target.caps.dtypes,
+            f"auto with a checkpoint in {checkpoint} opened {found!r}, which is not declared",
+        )
+    return Evidence(checks=2)
+
+
+def _unknown_axis(target: Target, rng: np.random.Generator) -> Evidence:
+    what = "comm.axis('sideways')"
+    return _refused(what, VllmCoreError, lambda: target.runtime.comm.axis("sideways"))
+
+
 def odd_heads(target: Target, rng: np.random.Generator) -> Evidence:
     """Heads beyond what is mandatory are computed right or refused, and nothing else."""
     evidence = Evidence()
     beyond = (target.caps.max_head_dim + 8 + 7) // 8 * 8
     for text, shape in (
-        ("an odd head size, 33", _shape(33)),
-        (f"head size {beyond}, above max_head_dim", _shape(beyond)),
-        ("V heads of 48 beside K heads of 32", _shape(32, dim_v=48)),
+        ("an odd head size, 33", _shape(target, 33)),
+        (f"head size {beyond}, above max_head_dim", _shape(target, beyond)),
+        ("V heads of 48 beside K heads of 32", _shape(target, 32, dim_v=48)),
     ):
         if shape.dim > 1024:
             continue  # a backend without a limit: nothing to see
@@ -228,6 +327,7 @@ CASES: tuple[Case, ...] = (
         needs=("sinks", "return_lse"),
     ),
     _case("unknown_scheme", "weights in a scheme that is not declared are refused", unknown_scheme),
+    _case("middle", "refusals in the middle of work leave the work as it was", middle, "core"),
     _case("reserved", "what is reserved refuses with NotSupported", reserved),
     _case("odd_heads", "heads beyond the mandatory are right or refused", odd_heads, "core"),
 )

@@ -124,8 +124,8 @@ def _facts(target: Target, seed: int) -> Evidence:
     with calling("block_tokens"):
         sizes = attention.block_tokens(group.spec)
     require(
-        len(sizes) > 0 and all(int(x) == x and x > 0 for x in sizes),
-        f"block_tokens gave {sizes!r}, not block sizes",
+        all(int(x) == x and x > 0 for x in sizes) and len(set(sizes)) == len(sizes) > 0,
+        f"block_tokens gave {sizes!r}, not distinct block sizes",
     )
     kinds = [replace(group, block_tokens=size) for size in sizes[:4]]
     kinds += [replace(group, layers=layers) for layers in (1, 5)]

@@ -60,8 +60,7 @@ def _chunks(target: Target, seed: int) -> Evidence:
     """One prompt in chunks and then token by token, beside another row: the same cache."""
     rng, evidence = random(seed, "kv.chunks"), Evidence()
     shape = shape_of(target, "mixed")
-    with calling("constraints"):
-        multiple = target.runtime.constraints().chunk_multiple
+    multiple = target.constraints().chunk_multiple
     size, odd = shape.block_tokens, 1 + int(rng.integers(shape.block_tokens))
     chunks = [size, odd, 2, 1, 1, 1] if multiple == 1 else [multiple, multiple, 1, 1, 1]
     total = sum(chunks)

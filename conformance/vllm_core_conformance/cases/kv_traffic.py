@@ -1,4 +1,4 @@
-"""Case: the KV cache under traffic: imports, copies, exports and steps in any order, over the groups
+"""Case: the KV cache under traffic: imports, copies, exports and steps in any order, over groups
 and layers of one cache, against a model on the host, bit for bit.
 
 Knows: who wrote what into which slot. Does not know: layouts, what attention computes.

@@ -8,13 +8,10 @@ Knows: sizes, cycles. Does not know: allocators.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import threading
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,117 +22,23 @@ from vllm_core.backend import AttentionSpec, HostStep, KVFormat, KVGroup, Memory
 from vllm_core.errors import OutOfMemory
 from vllm_core.ops import BucketKey, ParamSpec, Part
 from vllm_core_conformance.case import Case, Evidence, Failed, require
+from vllm_core_conformance.cases.memory_pool import (
+    BUDGET,
+    CHUNK,
+    INSANE,
+    MIB,
+    SLACK,
+    Pool,
+    content_bytes,
+    group_of,
+    held,
+)
 from vllm_core_conformance.cases.programs_session import healthy
 from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.target import Raised, Target, calling, numpy_dtype, wide
 
 Numbers = NDArray[Any]
 Body = Callable[[Target, np.random.Generator], Evidence]
-
-MIB = 1 << 20
-BUDGET = 128 * MIB
-SLACK = 40 * MIB
-"""What a process may grow by for reasons of its own while a cache is allocated and filled."""
-CHUNK = 64
-"""Blocks written at a time."""
-INSANE = 1 << 60
-"""Bytes that no machine can even address."""
-
-
-def held(target: Target) -> int:
-    """Bytes that this process holds of the device's memory."""
-    gc.collect()
-    if target.caps.shares_host_memory:
-        _trim()
-        return int(psutil.Process().memory_info().rss)
-    with calling("memory"):
-        report = target.runtime.memory()
-    return report.total - report.free
-
-
-def _trim() -> None:
-    """Gives what the C allocator keeps for later back, where it can be asked to."""
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-@dataclass(frozen=True)
-class Pool:
-    """A group whose cache of `num_blocks` takes about `budget` bytes, as the backend tells."""
-
-    target: Target
-    group: KVGroup
-    num_blocks: int
-
-    @staticmethod
-    def of(target: Target, budget: int) -> Pool:
-        group = _group(target, heads=4, dim=64, layers=4)
-        with calling("block_bytes"):
-            size = target.runtime.attention.block_bytes(group)
-        require(isinstance(size, int) and size > 0, f"block_bytes is {size!r}, not a number > 0")
-        return Pool(target, group, max(4, budget // size))
-
-    def alloc(self) -> Any:
-        with calling("alloc"):
-            return self.target.runtime.attention.alloc((self.group,), {0: self.num_blocks})
-
-    def content(self, rng: np.random.Generator) -> dict[str, Numbers]:
-        """Of CHUNK blocks; `fill` marks each block with its id."""
-        spec = self.group.spec
-        shape = (self.group.layers, CHUNK, self.group.block_tokens, spec.num_kv_heads, spec.dim_qk)
-        kind = numpy_dtype(self.target.dtype)
-        return {name: rng.standard_normal(shape, np.float32).astype(kind) for name in ("k", "v")}
-
-    def marked(self, content: dict[str, Numbers], ids: list[int]) -> dict[str, Numbers]:
-        """The content for these ids: exact in every dtype, and different for each block."""
-        found = {name: np.array(x[:, : len(ids)]) for name, x in content.items()}
-        for x in found.values():
-            x[:, :, -1, -1, 0] = np.array(ids) % 251
-            x[:, :, 0, 0, -1] = np.array(ids) // 251 % 251
-        return found
-
-    def write(self, kv: Any, ids: list[int], content: dict[str, Numbers]) -> Any:
-        with calling("import_blocks"):
-            attention = self.target.runtime.attention
-            return attention.import_blocks(kv, self.group, ids, self.marked(content, ids))
-
-    def fill(self, kv: Any, content: dict[str, Numbers]) -> Any:
-        """Every block but the null block."""
-        for first in range(1, self.num_blocks, CHUNK):
-            ids = list(range(first, min(first + CHUNK, self.num_blocks)))
-            kv = self.write(kv, ids, content)
-        return kv
-
-    def check(
-        self, kv: Any, ids: list[int], content: dict[str, Numbers], what: str, first: int = 0
-    ) -> Evidence:
-        """Blocks `ids`, written at places `first`.. of a chunk, hold what was written."""
-        with calling("export_blocks"):
-            found = self.target.runtime.attention.export_blocks(kv, self.group, ids)
-        evidence = Evidence()
-        for name, x in content.items():
-            own = {name: x[:, first : first + len(ids)]}
-            evidence += require_equal(
-                wide(found[name]),
-                wide(self.marked(own, ids)[name]),
-                f"{name.upper()} of blocks {ids} {what}",
-                axes=("layer", "place", "token", "head", "lane"),
-            )
-        return evidence
-
-
-def _group(target: Target, heads: int, dim: int, layers: int) -> KVGroup:
-    spec = AttentionSpec(heads, heads, dim, dim, 0.1, KVFormat(target.dtype), group=0)
-    with calling("block_tokens"):
-        offered = target.runtime.attention.block_tokens(spec)
-    return KVGroup(0, "full", 16 if 16 in offered else offered[0], layers, spec, 0)
-
-
-def _content_bytes(group: KVGroup, dtype: str) -> int:
-    """What K and V of one block are, as they come out of export_blocks."""
-    spec = group.spec
-    elements = group.layers * group.block_tokens * spec.num_kv_heads * (spec.dim_qk + spec.dim_v)
-    return elements * numpy_dtype(dtype).itemsize
 
 
 def report(target: Target, rng: np.random.Generator) -> Evidence:
@@ -177,12 +80,12 @@ def block_bytes(target: Target, rng: np.random.Generator) -> Evidence:
     heads = int(rng.choice([1, 2, 3, 8]))
     layers = int(rng.integers(1, 7))
     for group, most in (
-        (_group(target, heads, int(rng.choice([64, 80, 128])), layers), None),
-        (_group(target, 8, 128, layers), 4.0),  # nothing to pad up to here
+        (group_of(target, heads, int(rng.choice([64, 80, 128])), layers), None),
+        (group_of(target, 8, 128, layers), 4.0),  # nothing to pad up to here
     ):
         with calling("block_bytes"):
             size = target.runtime.attention.block_bytes(group)
-        content, spec = _content_bytes(group, target.dtype), group.spec
+        content, spec = content_bytes(group, target.dtype), group.spec
         what = (
             f"block_bytes of {layers} layers, {group.block_tokens} tokens, {spec.num_kv_heads} KV "
             f"heads of {spec.dim_qk} in {target.dtype}"
@@ -256,10 +159,9 @@ def alloc_twice(target: Target, rng: np.random.Generator) -> Evidence:
 def too_large(target: Target, rng: np.random.Generator) -> Evidence:
     """2^60 bytes of cache or of a weight: OutOfMemory, and the runtime works on."""
     spec = AttentionSpec(64, 64, 256, 256, 0.1, KVFormat(target.dtype), group=0)
-    with calling("block_tokens"):
-        size = max(target.runtime.attention.block_tokens(spec))
+    size = max(target.block_tokens(spec))
     group = KVGroup(0, "full", size, 64, spec, 0)
-    num_blocks = min(2**31 - 1, INSANE // _content_bytes(group, target.dtype))
+    num_blocks = min(2**31 - 1, INSANE // content_bytes(group, target.dtype))
     try:
         with calling("alloc"):
             target.runtime.attention.alloc((group,), {0: num_blocks})
@@ -349,6 +251,15 @@ def leak_load(target: Target, rng: np.random.Generator) -> Evidence:
 def leak_replay(target: Target, rng: np.random.Generator) -> Evidence:
     """200 calls of a program with results of 256 KiB, each fetched, each behind an upload."""
     count = 1 << 16
+    cycle, each = _step_of(target, rng, count)
+    grown = _require_flat(target, "a step (upload, program, fetch)", cycle, each, 200)
+    return Evidence(checks=1, figures={"growth over 200 steps of 256 KiB, MiB": grown})
+
+
+def _step_of(
+    target: Target, rng: np.random.Generator, count: int
+) -> tuple[Callable[[], None], int]:
+    """Upload, program and fetch of `count` tokens; the least bytes that each of them handles."""
     with calling("buckets"):
         policy = target.runtime.buckets(count, 4, 4)
     key = policy.cover(BucketKey(count, 4, (4,)))
@@ -367,10 +278,55 @@ def leak_replay(target: Target, rng: np.random.Generator) -> Evidence:
             (result,) = run(x)
         target.fetch((result,))
 
-    grown = _require_flat(
-        target, "a step (upload, program, fetch)", cycle, min(4 * count, packed.nbytes), 200
-    )
-    return Evidence(checks=1, figures={"growth over 200 steps of 256 KiB, MiB": grown})
+    return cycle, min(4 * count, packed.nbytes)
+
+
+def life(target: Target, rng: np.random.Generator) -> Evidence:
+    """A runtime's whole life, again and again in one process: weights, two caches, a cache that
+    cannot fit, forty steps whose results are fetched. What was let go is gone."""
+    own, size = target.fresh(), 8 * MIB
+    pool = Pool.of(own, size)
+    contents = [pool.content(rng) for _ in range(2)]
+    weight = own.round(rng.standard_normal((1024, 2048), np.float32))
+    step = _step_of(own, rng, 1 << 12)[0]
+    evidence = Evidence()
+
+    def cycle() -> None:
+        nonlocal evidence
+        own.param("linear", {"weight": weight})
+        caches = [pool.fill(pool.alloc(), content) for content in contents]
+        _require_no_room(own)
+        for _ in range(40):
+            step()
+        evidence += pool.check(
+            caches[0], [1, pool.num_blocks - 1], _ends(contents[0], pool), "of the first of two"
+        )
+
+    grown = _require_flat(own, "weights, caches and forty steps", cycle, 6 * MIB, 5)
+    evidence += healthy(own, int(rng.integers(1000)), "a long life")
+    own.close()
+    evidence.checks += 1
+    evidence.figures["growth over 5 lives, MiB"] = grown
+    return evidence
+
+
+def _ends(content: dict[str, Numbers], pool: Pool) -> dict[str, Numbers]:
+    """What `fill` put into block 1 and into the last one."""
+    places = [0, (pool.num_blocks - 2) % CHUNK]
+    return {name: x[:, places] for name, x in content.items()}
+
+
+def _require_no_room(target: Target) -> None:
+    """A cache of 1 EiB beside others that fit is refused as such."""
+    group = group_of(target, heads=64, dim=128, layers=64)
+    num_blocks = min(2**31 - 1, INSANE // content_bytes(group, target.dtype))
+    try:
+        with calling("alloc"):
+            target.runtime.attention.alloc((group,), {0: num_blocks})
+    except Raised as raised:
+        _require_oom(raised.error, f"alloc of {num_blocks} blocks beside caches that fit")
+    else:
+        raise Failed(f"alloc of {num_blocks} blocks (about 1 EiB) beside others seemed to work")
 
 
 def leak_open(target: Target, rng: np.random.Generator) -> Evidence:
@@ -451,6 +407,7 @@ CASES: tuple[Case, ...] = (
     _case("leak.alloc", "caches that are let go are given back", leak_alloc),
     _case("leak.load", "weights that are let go are given back", leak_load),
     _case("leak.replay", "steps leave nothing behind", leak_replay),
+    _case("life", "what a runtime lets go in its life is gone", life, "contract"),
     _case("leak.open", "closed runtimes leave nothing behind", leak_open),
     _case(
         "close", "close is idempotent and touches no other runtime", close, "contract", fresh=True

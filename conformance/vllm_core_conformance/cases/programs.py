@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vllm_core_conformance.case import Case, Evidence
-from vllm_core_conformance.cases import programs_values
+from vllm_core_conformance.cases import programs_traffic, programs_values
 from vllm_core_conformance.cases.programs_echo import (
     LARGE,
     LIVE_ROWS,
@@ -267,6 +267,7 @@ def ahead_hidden(target: Target, rng: np.random.Generator) -> Evidence:
             axes=("place",),
         )
         evidence += session.check(step)
+        evidence += session.check_padding(step, " of one bucket")
     return evidence
 
 
@@ -343,6 +344,7 @@ def compiles_once(target: Target, rng: np.random.Generator) -> Evidence:
     evidence += require_equal(
         np.array(after), np.array(before), f"{what} after three more steps of one bucket"
     )
+    evidence += programs_traffic.require_counted(target, after)
     if not target.is_static:
         evidence += require_equal(np.array(after), np.array(0), f"{what} without static shapes")
     return evidence
@@ -424,4 +426,9 @@ CASES: tuple[Case, ...] = (
         compiles_once,
     ),
     *(_case(*entry) for entry in programs_values.ENTRIES),
+    _case(
+        "traffic",
+        "sessions, buckets, early uploads, late fetches and failures in any order: each its own",
+        programs_traffic.traffic,
+    ),
 )

@@ -94,8 +94,7 @@ class Echo:
         self.spec = AttentionSpec(
             Q_HEADS, KV_HEADS, DIM, DIM, scale, KVFormat(target.dtype), group=0
         )
-        with calling("block_tokens"):
-            offered = self.runtime.attention.block_tokens(self.spec)
+        offered = target.block_tokens(self.spec)
         self.block_tokens = 8 if 8 in offered else min(offered)
         self.width = max(3, -(-POSITIONS // self.block_tokens))
         self.groups = (KVGroup(0, "full", self.block_tokens, LAYERS, self.spec, 0),)

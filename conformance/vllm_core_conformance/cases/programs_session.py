@@ -245,6 +245,16 @@ class Session:
                 )
         return Evidence(checks=3 * len(got))
 
+    def check_padding(self, pending: Pending, when: str = "") -> Evidence:
+        """The step's hidden states, which attention gave, are 0 behind its last token."""
+        hidden = wide(self.target.fetch((pending.hidden,))[0])[len(pending.found) :] + 0.0
+        return require_equal(
+            hidden,
+            np.zeros_like(hidden),
+            f"attention's output for padding tokens of step {pending.number}{when}",
+            axes=("padding token", "lane"),
+        )
+
     def _explain(self, pending: Pending, place: int, got: int) -> str:
         """Which mistake would have drawn this token."""
         want = int(pending.tokens[place])

@@ -309,7 +309,7 @@ def failure(target: Target, rng: np.random.Generator) -> Evidence:
     with calling("fetch"):
         on_its_way = target.runtime.fetch(good.result)
     for time in ("first", "second"):
-        error = _error_of(target)
+        error = error_of(target)
         if error is None:
             raise Failed(
                 f"a program that raised ValueError({MARK!r}) seemed to work: neither its call nor "
@@ -331,7 +331,7 @@ def failure(target: Target, rng: np.random.Generator) -> Evidence:
     return evidence
 
 
-def _error_of(target: Target) -> BaseException | None:
+def error_of(target: Target) -> BaseException | None:
     """What the caller of a failing program is told, at the latest by the wait."""
     arrays = [target.array(np.arange(4, dtype=np.int32)) for _ in range(2)]
     try:

@@ -19,7 +19,7 @@ from vllm_core.backend import AttentionSpec, KVFormat, KVGroup
 from vllm_core.errors import NotSupported
 from vllm_core.ops import LazyArray, ParamSpec, Part
 from vllm_core_conformance.case import Case, Evidence, Failed, require
-from vllm_core_conformance.target import Target, calling, numpy_dtype, wide
+from vllm_core_conformance.target import Target, numpy_dtype, wide
 
 Numbers = NDArray[Any]
 
@@ -65,9 +65,11 @@ def schemes(target: Target, seed: int) -> Evidence:
     rng = np.random.default_rng([seed, zlib.crc32(b"quantised.schemes")])
     found = Evidence()
     for scheme in SCHEMES:
-        if scheme in target.caps.schemes:
-            continue
         part = Part(scheme, _tensors(scheme, rng), ROWS)
+        if scheme in target.caps.schemes:
+            _taken(target, part)
+            found.checks += 1
+            continue
         for parts in ([part], [_dense(rng, 2), part]):
             spec = ParamSpec("weight", (sum(p.rows for p in parts), SIZE), "linear")
             _refused(target, spec, parts, scheme)
@@ -79,6 +81,18 @@ def schemes(target: Target, seed: int) -> Evidence:
         found.checks += 1
     found.checks += _still_works(target, rng)
     return found
+
+
+def _taken(target: Target, part: Part) -> None:
+    """A declared scheme may want other tensors than ours, but it is not refused as such."""
+    try:
+        target.runtime.load(ParamSpec("weight", (ROWS, SIZE), "linear"), [part])
+    except NotSupported as error:
+        raise Failed(
+            f"weight scheme {part.scheme!r} is declared, and load refuses it: {error}"
+        ) from error
+    except Exception:
+        return
 
 
 def _refused(target: Target, spec: ParamSpec, parts: list[Part], scheme: str) -> None:
@@ -131,8 +145,7 @@ def caches(target: Target, seed: int) -> Evidence:
 def _cache(target: Target, kv: KVFormat, rng: np.random.Generator) -> Evidence:
     attention = target.runtime.attention
     spec = AttentionSpec(4, 2, 16, 16, 0.25, kv, 0)
-    with calling("block_tokens"):
-        size = attention.block_tokens(spec)[0]
+    size = target.block_tokens(spec)[0]
     group = KVGroup(0, "full", size, 2, spec, 0)
     shape = (group.layers, 2, size, spec.num_kv_heads, spec.dim_qk)
     # integers, which every format holds without a scale

@@ -60,13 +60,13 @@ def large(target: Target, seed: int) -> Evidence:
     vocab = 70_001
     rng, judge = rng_of("sampling.draw.large", seed), Judge(f"draws from {vocab:,} tokens")
     for _ in range(2):
-        logits = awkward_logits(rng, vocab, 6)
-        logits[:3] = (rng.normal(size=(3, vocab)) * 3).astype(np.float32)
-        logits[:3, SHORT:] += 4
+        logits = awkward_logits(rng, vocab, 9)
+        logits[:6] = (rng.normal(size=(6, vocab)) * 3).astype(np.float32)
+        logits[:6, SHORT:] += 4
         requests = [awkward_request(rng, vocab, x) for x in logits]
-        for row in range(2):
-            requests[row] = Request(temperature=1.7, seed=_seed(rng), position=row)
-        requests[2] = Request(temperature=0.0)
+        for row in range(5):
+            requests[row] = Request(temperature=2.0 + row / 3, seed=_seed(rng), position=row)
+        requests[5] = Request(temperature=0.0)
         judge.look(logits, requests, *sample(target, logits, requests))
     return judge.done()
 
@@ -74,13 +74,14 @@ def large(target: Target, seed: int) -> Evidence:
 def real_vocabulary(target: Target, seed: int) -> Evidence:
     """151,936 tokens, of which the last thousands were never trained and are all equal."""
     rng, judge = rng_of("sampling.draw.vocabulary", seed), Judge("draws from 151,936 tokens")
-    logits = (rng.normal(size=(4, 151_936)) * 3).astype(np.float32).astype(np.float64)
+    logits = (rng.normal(size=(5, 151_936)) * 3).astype(np.float32).astype(np.float64)
     logits[:, 145_000:] = logits[:, 17:18]
     requests = [
         Request(temperature=1.3, seed=int(rng.integers(2**63)), top_p=0.95, position=1_000_000),
         Request(temperature=2.0, seed=int(rng.integers(2**63)), top_k=120_000, min_p=1e-6),
         Request(temperature=2.5, seed=_seed(rng), position=5),
         Request(temperature=3.0, seed=_seed(rng), sequence_index=2, position=0),
+        Request(temperature=4.0, seed=_seed(rng), sequence_index=1, position=0),
     ]
     judge.look(logits, requests, *sample(target, logits, requests))
     return judge.done()
@@ -148,6 +149,8 @@ def penalties(target: Target, seed: int) -> Evidence:
     for turn in range(6):
         logits = np.round(rng.normal(size=(ROWS, VOCAB)) * 96) / 64
         logits[:, :12] += 1
+        logits[::3] -= 6  # all below 0
+        logits[:, 12] += 2
         requests: list[Request] = []
         for row in range(ROWS):
             count = int(rng.integers(1, LENGTH - 8))
@@ -161,7 +164,8 @@ def penalties(target: Target, seed: int) -> Evidence:
                     frequency=float(rng.choice(FREQUENCIES)) if not awkward else 0.17,
                     repetition=float(rng.choice([0.5, 1, 2, 4])) if not awkward else 1.3,
                     seed=int(rng.integers(-(2**63), 2**63 - 1)),
-                    tokens=tuple(rng.integers(0, few, count).tolist()),
+                    # the last token is new to half of the rows
+                    tokens=(*rng.integers(0, few, count - 1).tolist(), 12 * (row // 2 % 2)),
                     later=tuple(rng.integers(0, 12, int(rng.integers(0, 8))).tolist()),
                     prompt_len=int(rng.integers(0, count // (1 + row % 3) + 1)),
                     bias=dict(enumerate(rng.choice([-2.5, 0.5, 3], 12).tolist()))
@@ -233,13 +237,20 @@ def everything(target: Target, seed: int) -> Evidence:
     rng, judge = rng_of("sampling.everything", seed), Judge("rows that ask for everything")
     for _ in range(3):
         logits = np.round(rng.normal(size=(MANY, ODD)) * rng.choice([48, 96, 200], (MANY, 1))) / 64
+        logits[::4] -= 8  # all below 0
         requests = [_anything(rng, x) for x in logits]
         for row in rng.permutation(MANY)[:5].tolist():
             logits[row, rng.integers(ODD)] = rng.choice([np.nan, np.inf])
             requests[row] = Request(seed=_seed(rng), top_k=3)
-        for row in rng.permutation(MANY)[:12].tolist():  # half of the tokens stand at min-p's limit
+        for place, row in enumerate(rng.permutation(MANY)[:36].tolist()):
             requests[row] = Request(seed=_seed(rng), min_p=0.5, position=row)
-            logits[row] = np.where(rng.random(ODD) < 0.5, -float(requests[row].gap), 0.0)
+            if place < 12:  # half of the tokens stand at min-p's limit
+                logits[row] = np.where(rng.random(ODD) < 0.5, -float(requests[row].gap), 0.0)
+                continue
+            # a tail that top-p still counts, and that min-p cuts behind it
+            share, least = float(rng.choice([0.9, 0.8, 0.6])), float(rng.choice([0.1, 0.3]))
+            requests[row] = replace(requests[row], top_p=share, min_p=least, temperature=1.6)
+            logits[row] = np.round(rng.normal(size=ODD) * 96) / 64
         judge.look(logits, requests, *sample(target, logits, requests))
     return judge.done()
 
@@ -248,7 +259,7 @@ def _anything(rng: np.random.Generator, x: Any) -> Request:
     """One row; what is banned or held back would win by far otherwise."""
     best = np.argsort(-x)
     count = int(rng.integers(1, LENGTH - 8))
-    some = best[: int(rng.choice([1, 3, 12]))]
+    some = best[1 : 1 + int(rng.choice([1, 3, 12]))]
     bias: dict[int, float] = {}
     if rng.random() < 0.6:
         ids = np.concatenate((best[:6], rng.permutation(best[6:])[:10]))
@@ -267,7 +278,7 @@ def _anything(rng: np.random.Generator, x: Any) -> Request:
         repetition=float(rng.choice([0.5, 1, 2])),
         seed=_seed(rng),
         sequence_index=int(rng.choice([0, 1, 300])),
-        tokens=tuple(rng.choice(some, count).tolist()),
+        tokens=(*rng.choice(some, count - 1).tolist(), int(best[int(rng.integers(2))])),
         later=tuple(best[:8].tolist()),
         prompt_len=int(rng.integers(0, count + 1)),
         bias=bias,

@@ -234,8 +234,8 @@ def awkward_request(rng: np.random.Generator, vocab: int, logits: Numbers) -> Re
     return Request(
         temperature=float(rng.choice(temperatures)),
         top_k=int(rng.choice([0, 0, 0, 1, 2, 5, 40, vocab - 1, vocab, vocab + 5])),
-        top_p=float(rng.choice([1, 1, 0.999, 0.9, 0.5, 0.1, 1e-9])),
-        min_p=float(rng.choice([0, 0, 0, 0.001, 0.05, 0.5])),
+        top_p=float(rng.choice([1, 1, 0.999, 0.95, 0.8, 0.5, 0.1, 1e-9])),
+        min_p=float(rng.choice([0, 0, 0.001, 0.05, 0.2, 0.5])),
         seed=int(rng.integers(-(2**63), 2**63 - 1)),
         sequence_index=int(rng.choice([0, 1, 5, 16_383])),
         position=int(rng.choice([0, 1, 77, 4_000_000])),

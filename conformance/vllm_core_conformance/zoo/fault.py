@@ -21,6 +21,7 @@ MODULES = (
     "memory",
     "lifecycle",
     "lies",
+    "contract",
     "trivial",
     "ops",
     "moe",
