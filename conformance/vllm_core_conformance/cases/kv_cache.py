@@ -21,7 +21,7 @@ Numbers = NDArray[Any]
 Blocks = dict[str, Numbers]
 
 AXES = ("layer", "block", "token", "head", "dim")
-HANDED = 8
+HANDED = 4
 """So many exports are kept and looked at again."""
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_core.backend import APPLY_ROWS, DeviceStep, HostStep, StepLayout
-from vllm_core.ops import Column, StepResult
+from vllm_core.ops import Column, DeviceState, StepResult
 from vllm_core_conformance.case import Evidence, Failed
 from vllm_core_conformance.cases.programs_echo import (
     BIAS_SLOTS,
@@ -182,6 +182,11 @@ class Session:
         with calling("the step program"):
             self.state, self.kv, result, hidden = program(
                 weights.params, self.state, self.kv, device_step
+            )
+        if getattr(self.state, "_fields", None) != DeviceState._fields:
+            raise Failed(
+                "a step consumes state and cache, in this order, but the first value that came "
+                f"back is a {type(self.state).__name__} and no device state"
             )
         rows = [row for row, _ in work]
         self.log.append(Pending(result, hidden, drawn, rows, found, weights, len(self.log)))

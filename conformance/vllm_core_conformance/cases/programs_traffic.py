@@ -196,7 +196,11 @@ def traffic(target: Target, rng: np.random.Generator) -> Evidence:
     both.begin()
     known = target.runtime.num_compilations()
     evidence = require_counted(target, known)
-    events = [*EVENTS, *EVENTS, *rng.choice(EVENTS, TURNS - 2 * len(EVENTS))]
+    events = [
+        *EVENTS,
+        *EVENTS,
+        *rng.choice([e for e in EVENTS if e != "failure"], TURNS - 2 * len(EVENTS)),
+    ]
     for event in rng.permutation(events):
         run: Callable[[int], None] = getattr(both, str(event))
         before = target.runtime.num_compilations()

@@ -30,9 +30,24 @@ VOCAB = 65
 
 
 def _awkward(target: Target, rng: np.random.Generator, judge: Judge, vocab: int, rows: int) -> None:
+    """Every fourth row has a tail that both top-p and min-p look at."""
     logits = awkward_logits(rng, vocab, rows)
     requests = [awkward_request(rng, vocab, x) for x in logits]
+    for row in range(0, rows, 4):
+        logits[row], requests[row] = _tail(rng, vocab)
     judge.look(logits, requests, *sample(target, logits, requests))
+
+
+def _tail(rng: np.random.Generator, vocab: int) -> tuple[Any, Request]:
+    """A tail that top-p still counts, and that min-p cuts behind it."""
+    request = Request(
+        temperature=1.6,
+        top_p=float(rng.choice([0.9, 0.8, 0.6])),
+        min_p=float(rng.choice([0.1, 0.2, 0.3])),
+        seed=_seed(rng),
+        position=int(rng.integers(1000)),
+    )
+    return np.round(rng.normal(size=vocab) * 96) / 64, request
 
 
 def exact(target: Target, seed: int) -> Evidence:
@@ -55,14 +70,15 @@ SHORT = 65_536
 
 
 def large(target: Target, seed: int) -> Evidence:
-    """Half of the rows are nearly flat, so that each of thousands of tokens has its own short piece
-    of the mass, most of it behind id 65,536."""
+    """Rows nearly or wholly flat, so that each of thousands of tokens has its own short piece of
+    the mass, much of it behind id 65,536. Where all are equal, exp leaves no choice."""
     vocab = 70_001
     rng, judge = rng_of("sampling.draw.large", seed), Judge(f"draws from {vocab:,} tokens")
     for _ in range(2):
         logits = awkward_logits(rng, vocab, 9)
         logits[:6] = (rng.normal(size=(6, vocab)) * 3).astype(np.float32)
         logits[:6, SHORT:] += 4
+        logits[2:5] = 1.5
         requests = [awkward_request(rng, vocab, x) for x in logits]
         for row in range(5):
             requests[row] = Request(temperature=2.0 + row / 3, seed=_seed(rng), position=row)
@@ -76,6 +92,7 @@ def real_vocabulary(target: Target, seed: int) -> Evidence:
     rng, judge = rng_of("sampling.draw.vocabulary", seed), Judge("draws from 151,936 tokens")
     logits = (rng.normal(size=(5, 151_936)) * 3).astype(np.float32).astype(np.float64)
     logits[:, 145_000:] = logits[:, 17:18]
+    logits[3:] = -2.0
     requests = [
         Request(temperature=1.3, seed=int(rng.integers(2**63)), top_p=0.95, position=1_000_000),
         Request(temperature=2.0, seed=int(rng.integers(2**63)), top_k=120_000, min_p=1e-6),
@@ -247,10 +264,7 @@ def everything(target: Target, seed: int) -> Evidence:
             if place < 12:  # half of the tokens stand at min-p's limit
                 logits[row] = np.where(rng.random(ODD) < 0.5, -float(requests[row].gap), 0.0)
                 continue
-            # a tail that top-p still counts, and that min-p cuts behind it
-            share, least = float(rng.choice([0.9, 0.8, 0.6])), float(rng.choice([0.1, 0.3]))
-            requests[row] = replace(requests[row], top_p=share, min_p=least, temperature=1.6)
-            logits[row] = np.round(rng.normal(size=ODD) * 96) / 64
+            logits[row], requests[row] = _tail(rng, ODD)
         judge.look(logits, requests, *sample(target, logits, requests))
     return judge.done()
 

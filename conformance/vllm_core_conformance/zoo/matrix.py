@@ -258,7 +258,7 @@ def _honest(args: argparse.Namespace, cases: Sequence[Case]) -> int:
         for name, dtype in combos
         for part, seeds in enumerate(_parts(range(1, num_seeds + 1), 10))
     ]
-    results = _in_processes(try_honest, calls, args.jobs, lambda found: f"{len(found)} runs")
+    results = _in_processes(try_honest, calls, args.jobs, _alarms_of)
     count, alarms = 0, []
     for call, found in results.items():
         count += len(found)
@@ -276,6 +276,13 @@ def _honest(args: argparse.Namespace, cases: Sequence[Case]) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps({"runs": count, "alarms": alarms}, indent=1))
     return _verdict([*alarms, *missing])
+
+
+def _alarms_of(found: Sequence[tuple[str, int, str, str]]) -> str:
+    alarms = [
+        f"\n    {case} --seed {seed}: {s}: {t}" for case, seed, s, t in found if s not in GOOD
+    ]
+    return f"{len(found)} runs, {len(alarms)} false alarms" + "".join(alarms)
 
 
 def _parts(seeds: range, size: int) -> list[range]:
