@@ -70,7 +70,7 @@ def test_coded_answers_are_those_of_the_oracle(reference, name):
 
 def test_steps_obey_declared_limits(reference):
     limits = StepConstraints(mixed_ok=False, max_prefills=2, chunk_multiple=8, max_tokens=20)
-    target: Any = SimpleNamespace(runtime=SimpleNamespace(constraints=lambda: limits))
+    target: Any = SimpleNamespace(constraints=lambda: limits)
     steps = batches(target, [(5, 1), (13, 30), (0, 9), (7, 1), (9, 2), (0, 8)])
     for rows in steps:
         queries = [query for _, query in rows]

@@ -52,9 +52,9 @@ def by_loops(blueprint: oracle.Blueprint, weights: Any, tokens: list[int]) -> li
         bias = own.get("bias", np.zeros(len(x)))
         return [v / size * w + b for v, w, b in zip(centred, own["weight"], bias, strict=True)]
 
-    def turned(x: list[float], place: int) -> list[float]:
+    def turned(x: list[float], place: int, facts: Any) -> list[float]:
         half, out = len(x) // 2, list(x)
-        for i, frequency in enumerate(blueprint.inverse_frequency):
+        for i, frequency in enumerate(blueprint.frequency_of(facts)):
             angle = float(np.float32(place) * np.float32(frequency))
             c, s = math.cos(angle), math.sin(angle)
             out[i], out[i + half] = x[i] * c - x[i + half] * s, x[i + half] * c + x[i] * s
@@ -127,7 +127,7 @@ def by_loops(blueprint: oracle.Blueprint, weights: Any, tokens: list[int]) -> li
                 q = [norm(h, own["q_norm"], facts.norm) for h in q]
                 k = [norm(h, own["k_norm"], facts.norm) for h in k]
             if facts.rotates:
-                q, k = [turned(h, t) for h in q], [turned(h, t) for h in k]
+                q, k = [turned(h, t, facts) for h in q], [turned(h, t, facts) for h in k]
             qkvs.append([q, k, v])
         for t, x in enumerate(xs):
             h = linear(attend(facts, qkvs, t), own["output"])

@@ -17,7 +17,7 @@ import numpy as np
 from vllm_core.backend import StepConstraints
 from vllm_core_conformance.inputs import Random
 from vllm_core_conformance.steps import Shape
-from vllm_core_conformance.target import Target, calling
+from vllm_core_conformance.target import Target
 
 MAX_BLOCK = 128
 """Larger blocks make scenes slow, and find nothing more."""
@@ -113,8 +113,7 @@ def shape_of(target: Target, name: str) -> Shape:
 
 def _make(target: Target, recipe: Recipe) -> Shape:
     draft = _shape(target, recipe, 16)
-    with calling("block_tokens"):
-        offers = tuple(target.runtime.attention.block_tokens(draft.spec(target.dtype)))
+    offers = target.block_tokens(draft.spec(target.dtype))
     sizes = [size for size in offers if size <= MAX_BLOCK] or [min(offers)]
     size = {"preferred": sizes[0], "smallest": min(sizes), "largest": max(sizes)}[recipe.block]
     return _shape(target, recipe, size)
@@ -125,8 +124,7 @@ def _shape(target: Target, recipe: Recipe, size: int) -> Shape:
     if recipe.window is not None:
         blocks, tokens = recipe.window
         window = blocks * size + tokens
-    with calling("constraints"):
-        most = target.runtime.constraints().max_tokens
+    most = target.constraints().max_tokens
     return Shape(
         num_q_heads=recipe.heads[0],
         num_kv_heads=recipe.heads[1],
@@ -216,8 +214,7 @@ class _Room:
 
 def batches(target: Target, rows: Sequence[tuple[int, int]]) -> list[Rows]:
     """The rows as steps that the declared limits allow, rows of one token first in each."""
-    with calling("constraints"):
-        limits = target.runtime.constraints()
+    limits = target.constraints()
     rows = [_allowed(row, limits) for row in rows]
     steps: list[Rows] = [[]]
     for row in sorted(rows, key=lambda row: row[1] > 1):

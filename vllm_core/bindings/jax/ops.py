@@ -40,7 +40,8 @@ class JaxOps(Ops):
 
     def asarray(self, host: HostArray) -> Array:
         with jax.default_device(self._device):
-            return jnp.array(host, copy=True)  # asarray may alias host memory
+            # jnp.array(copy=True) would take its copy later, from memory that the caller has back
+            return jax.device_put(np.array(host))
 
     def host(self, x: Array) -> HostArray:
         return np.array(x)  # np.asarray would hand out the device's own memory on a CPU

@@ -234,3 +234,11 @@ def test_a_missing_jax_is_a_reason_and_a_fix(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(probes, "find_spec", lambda name: None)
     assert not probes.probe_jax().devices
     assert probes.probe_jax().fix == "pip install jax"
+
+
+def test_a_host_array_may_change_as_soon_as_asarray_returned() -> None:
+    for _ in range(20):
+        host = np.arange(500_000, dtype=np.int32)
+        array = open_runtime(OpenConfig(dtype="float32")).ops.asarray(host)
+        host[:] = -1
+        np.testing.assert_array_equal(np.asarray(array), np.arange(500_000))
