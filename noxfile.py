@@ -60,7 +60,8 @@ def lint(session: nox.Session) -> None:
     install(session, "ruff", "import-linter")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'backends/cpu'}"})
+    path = ":".join(str(ROOT / place) for place in (".", "backends/cpu", "conformance"))
+    session.run("lint-imports", "--no-cache", env={"PYTHONPATH": path})
 
 
 @nox.session

@@ -29,7 +29,9 @@ def dtype_of(name: str) -> torch.dtype:
 
 def from_host(array: HostArray) -> torch.Tensor:
     """A tensor that shares the array's memory where numpy allows it, else a copy."""
-    if not array.flags.c_contiguous or not array.flags.writeable:
+    # numpy calls one reversed row contiguous, torch does not
+    is_reversed = any(stride < 0 for stride in array.strides)
+    if is_reversed or not array.flags.c_contiguous or not array.flags.writeable:
         array = np.array(array, order="C")
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

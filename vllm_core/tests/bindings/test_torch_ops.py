@@ -151,3 +151,8 @@ def test_experts_get_their_own_tokens_and_none_gets_padding(ops: TorchOps) -> No
     out = ops.moe_experts(torch.from_numpy(x), ids, weights, *params)
     np.testing.assert_allclose(out[:7].numpy(), law, rtol=1e-12)
     assert not out[7:].any()
+
+
+def test_a_reversed_row_of_the_host_arrives_reversed() -> None:
+    row = np.arange(3, dtype=np.float32)[None][::-1]
+    assert TORCH.host(TORCH.asarray(row)).tolist() == [[0.0, 1.0, 2.0]]
