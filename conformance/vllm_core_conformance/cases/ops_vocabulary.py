@@ -339,7 +339,7 @@ def names(target: Target, seed: int) -> Evidence:
     for out, (name, exact, noise) in zip(found, rounded):
         require(out.dtype.name == "float32", f"xp.{name} of float32 gave {out.dtype.name}")
         bench.judge("vocabulary", out, exact, noise, where=name, single=True)
-    wanted = (
+    wanted: tuple[tuple[str, Numbers], ...] = (
         ("clip", np.clip(x, np.float32(-1.5), np.float32(20))),
         ("concatenate", np.concatenate((x, y), -1)),
         ("where", np.where(flags, x, y)),
