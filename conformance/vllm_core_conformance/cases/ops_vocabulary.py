@@ -13,7 +13,7 @@ from vllm_core.ops import Ops
 from vllm_core_conformance.case import Case, Evidence, require
 from vllm_core_conformance.cases.ops_call import Bench, Fixed, rng_of
 from vllm_core_conformance.score import require_equal
-from vllm_core_conformance.target import Target, calling, numpy_dtype, wide
+from vllm_core_conformance.target import Numbers, Target, calling, numpy_dtype, wide
 
 MASK = 0xFFFFFFFF
 
