@@ -3,7 +3,7 @@
 The layout is as awkward as the seam allows: block ids permuted, the last id in use, state rows
 scattered, tables wider than needed, cells past the end and behind the window stale, prefix blocks
 shared. The regimes are the numbers of conformance.md: R1 normal, R3 peaked, R4 flat, R5 huge
-logits, R6 tiny, R7 an outlier channel.
+logits (300, and 100,000), R6 tiny, R7 an outlier channel.
 
 Knows: scenes, which slots a step may look at. Does not know: what is right, any backend.
 """
@@ -138,6 +138,7 @@ REGIMES = {
     "peaked": Regime(spread=9.0),
     "flat": Regime(spread=0.0),
     "huge": Regime(spread=2.0, common=300.0),
+    "vast": Regime(spread=2.0, common=1e5),
     "tiny": Regime(tiny=True),
     "outlier": Regime(outlier=True),
 }
@@ -159,11 +160,14 @@ def fill(
     values, v = rng.normal(size=(*lead, heads, dim_v)), rng.normal(size=(t, heads, dim_v))
     q = rng.normal(size=(t, shape.num_q_heads, dim))
     if regime.common:
+        common = regime.common
+        if dtype == "float16":  # products may be held in it, before they meet the scale
+            common = min(common, LARGEST[dtype] / 2 * abs(shape.scale))
         main = rng.choice((-1.0, 1.0), (heads, dim))
-        small = regime.spread * np.sqrt(dim) / regime.common
+        small = regime.spread * np.sqrt(dim) / common
         keys, k = main + small * keys, main + small * k
         sign = rng.choice((-1.0, 1.0), (shape.num_q_heads, 1))
-        size = regime.common / (dim * abs(shape.scale))
+        size = common / (dim * abs(shape.scale))
         q = size * (sign * np.repeat(main, shape.queries_per_kv, 0) + 0.02 * q)
     else:
         q *= regime.spread / (abs(shape.scale) * np.sqrt(dim))

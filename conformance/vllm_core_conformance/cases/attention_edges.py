@@ -57,18 +57,25 @@ def _new_step(target: Target, seed: int) -> Evidence:
 
 
 def _no_mask(target: Target, seed: int) -> Evidence:
-    return _if_accepted(target, seed, "encoder", "attention without a causal mask")
+    rows = [(0, 33), (0, 2), (0, 17 + seed % 5)]
+    return _if_accepted(target, seed, "encoder", rows, "attention without a causal mask")
+
+
+def _no_mask_behind(target: Target, seed: int) -> Evidence:
+    rows = mixture(target, "encoder", random(seed, "attention.edges.encoder_behind"))
+    says = "attention without a causal mask behind a prefix"
+    return _if_accepted(target, seed, "encoder", rows, says)
 
 
 def _narrow_values(target: Target, seed: int) -> Evidence:
-    return _if_accepted(target, seed, "narrow_values", "V heads narrower than K heads")
+    rows = mixture(target, "narrow_values", random(seed, "attention.edges.narrow_values"))
+    return _if_accepted(target, seed, "narrow_values", rows, "V heads narrower than K heads")
 
 
-def _if_accepted(target: Target, seed: int, name: str, says: str) -> Evidence:
+def _if_accepted(target: Target, seed: int, name: str, rows: Rows, says: str) -> Evidence:
     """Not among what the seam calls mandatory: it may be refused, and must not be wrong."""
-    rng = random(seed, f"attention.edges.{name}")
+    rng = random(seed, says)
     try:
-        rows = mixture(target, name, rng)
         return play_rows(target, name, rng, rows, "normal", says, exact=True)
     except Raised as raised:
         if isinstance(raised.error, NotSupported):
@@ -128,6 +135,13 @@ CASES: tuple[Case, ...] = (
         "attention.edges.encoder",
         "without a causal mask every query sees its whole sequence, or it is refused",
         _no_mask,
+        frozenset({"core"}),
+        every_dtype=True,
+    ),
+    Case(
+        "attention.edges.encoder_behind",
+        "without a causal mask a chunk sees its prefix and the whole chunk, or it is refused",
+        _no_mask_behind,
         frozenset({"core"}),
         every_dtype=True,
     ),

@@ -76,6 +76,8 @@ CASES: tuple[Case, ...] = (
     _numbers("softcap_window", "softcap_window", "softcap and a window, heads of 256"),
     _numbers("peaked", "mixed", "scores that single out few tokens", regime="peaked"),
     _numbers("huge", "mixed", "scores of 300 that differ by 2", regime="huge", more=SMOKE),
+    _numbers("vast", "mixed", "scores of 100,000, below any number that masks", regime="vast"),
+    _numbers("vast_window", "window", "scores of 100,000 beside a window", regime="vast"),
     _numbers("huge_sinks", "window_sinks", "sinks beside scores of 300", regime="huge"),
     _numbers("huge_long", "long", "scores of 300 in contexts of 5,000", _thousands, "huge"),
     _numbers("tiny", "mixed", "queries, keys and values near the end of the range", regime="tiny"),

@@ -39,7 +39,7 @@ from vllm_core.errors import NotSupported, VllmCoreError
 from vllm_core.ops import ARRAY_VOCABULARY, BucketKey, Features
 from vllm_core.params import MAX_LOGPROBS
 from vllm_core_conformance.case import Case, Evidence, Failed, require
-from vllm_core_conformance.cases.contract_listing import listing
+from vllm_core_conformance.cases.contract_listing import listing, listing_bare, require_memory
 from vllm_core_conformance.cases.contract_signatures import signatures
 from vllm_core_conformance.cases.contract_works import two_runtimes, works
 from vllm_core_conformance.cases.programs_echo import ROWS, SMALL
@@ -106,16 +106,7 @@ def _probe(target: Target, info: BackendInfo) -> Evidence:
             f"probe found {device!r}, which is no DeviceInfo with a kind and bytes >= 0",
         )
     evidence = Evidence(checks=3)
-    told = probe.devices[0].memory_bytes
-    if told:
-        with calling("memory"):
-            total = target.runtime.memory().total
-        require(
-            told / 4 <= total <= told * 4,
-            f"the probe names a device of {told / 2**30:.1f} GiB, the runtime computes on one of "
-            f"{total / 2**30:.1f} GiB",
-        )
-        evidence.checks += 1
+    evidence += require_memory(target, probe.devices[0].memory_bytes)
     return evidence
 
 
@@ -476,6 +467,7 @@ def _case(name: str, says: str, body: Body, *profiles: str) -> Case:
 CASES: tuple[Case, ...] = (
     _case("manifest", "BackendInfo and probe say who it is, and are true", manifest),
     _case("listing", "listing and probing are quick, import no framework, never raise", listing),
+    _case("listing.bare", "so they are where no framework is installed", listing_bare),
     _case("capabilities", "what is declared is well formed and there", capabilities, "smoke"),
     _case("signatures", "every method takes what the seam passes", signatures, "smoke"),
     _case("dtypes", "declared dtypes open, others are refused with NotSupported", dtypes),

@@ -225,6 +225,34 @@ def rows_alone(target: Target, rng: np.random.Generator) -> Evidence:
     return evidence
 
 
+def experts_alone(target: Target, rng: np.random.Generator) -> Evidence:
+    """Rows of the experts alone, a few, and all together."""
+    x = target.round(rng.normal(size=(24, 64)))
+    router = target.round(rng.normal(size=(24, 8)))
+    up = target.param("experts", {"weight": target.round(rng.normal(size=(8, 96, 64)) / 8)})
+    down = target.param("experts", {"weight": target.round(rng.normal(size=(8, 64, 48)) / 7)})
+
+    def fn(x: Any, router: Any, valid: Any, up: Any, down: Any) -> tuple[Any, ...]:
+        ids, weights = target.ops.moe_route(router, 2, True, valid)
+        return (target.ops.moe_experts(x, ids, weights, up, down),)
+
+    def compute(rows: Numbers) -> Numbers:
+        arrays = target.array(x[rows]), target.array(router[rows]), np.ones(len(rows), bool)
+        tag = "invariant experts", len(rows)
+        return wide(target.call(tag, fn, *arrays[:2], target.array(arrays[2]), up, down)[0])
+
+    whole, evidence = compute(np.arange(24)), Evidence()
+    for size in (1, 3, 16):
+        rows = rng.permutation(24)[:size]
+        evidence += require_equal(
+            compute(rows),
+            whole[rows],
+            f"experts of {size} rows against the same rows among 24",
+            axes=("row", "column"),
+        )
+    return evidence
+
+
 def _scene(target: Target, rng: np.random.Generator) -> Scene:
     """Three rows: one token, one token, and 30 behind a prefix."""
     query = np.array([1, 1, 30])
@@ -316,6 +344,8 @@ CASES: tuple[Case, ...] = (
     _case("repeat.sample", "draws and log-probabilities are the same again", repeat_sample),
     _case("batch.rows", "a row's bits do not depend on the other rows", _promised(rows_alone),
           "batch_invariant"),
+    _case("batch.experts", "what experts give a row does not depend on the other rows",
+          _promised(experts_alone), "batch_invariant"),
     _case("batch.attention", "attention's bits do not depend on batch, chunks or padding",
           _promised(attention_in_any_batch), "batch_invariant", "return_lse"),
 )  # fmt: skip

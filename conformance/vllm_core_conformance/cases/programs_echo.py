@@ -100,6 +100,7 @@ class Echo:
         self.groups = (KVGroup(0, "full", self.block_tokens, LAYERS, self.spec, 0),)
         self.num_blocks = (LIVE_ROWS + 2) * self.width + 1
         with calling("buckets"):
+            self.most_tokens = target.constraints().max_tokens or LARGE
             self.policy = self.runtime.buckets(LARGE, ROWS, self.width)
 
     @staticmethod

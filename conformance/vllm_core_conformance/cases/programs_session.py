@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_core.backend import APPLY_ROWS, DeviceStep, HostStep, StepLayout
+from vllm_core.backend import APPLY_ROWS, DeviceStep, HostStep, StepConstraints, StepLayout
 from vllm_core.ops import Column, DeviceState, StepResult
 from vllm_core_conformance.case import Evidence, Failed
 from vllm_core_conformance.cases.programs_echo import (
     BIAS_SLOTS,
     HISTORY_SLOTS,
+    LARGE,
     LAYER,
     LIVE_ROWS,
     ROWS,
@@ -66,6 +67,12 @@ class Pending:
     """[t] the token that each token of the step must find."""
     weights: Weights
     number: int
+    earlier: tuple[Pending, ...] = ()
+    """Steps that went before it, where the declared limits made several of one."""
+
+
+Work = list[tuple[int, int]]
+"""(row, tokens) of each row of a step."""
 
 
 class Session:
@@ -164,11 +171,56 @@ class Session:
         tokens: int = SMALL,
         rows: int = ROWS,
     ) -> Pending:
-        """A step of these (row, tokens), padded to the bucket of `tokens` and `rows`; nothing is
-        waited for."""
-        layout = self.echo.layout(tokens, rows)
-        buffer, host, ordered = self.pack(work, layout)
-        return self.run(ordered, self.upload(buffer, host, layout), weights, layout)
+        """A step of these (row, tokens), padded to the bucket of `tokens` and `rows`, or as many as
+        the declared limits make of it; nothing is waited for."""
+        earlier: tuple[Pending, ...] = ()
+        for part in self.parts(work):
+            count = sum(tokens for _, tokens in part)
+            layout = self.echo.layout(tokens if count <= tokens else max(LARGE, count), rows)
+            buffer, host, ordered = self.pack(part, layout)
+            pending = self.run(ordered, self.upload(buffer, host, layout), weights, layout)
+            pending.earlier, earlier = earlier, (*earlier, pending)
+        return earlier[-1]
+
+    def parts(self, work: Sequence[tuple[int, int]]) -> list[Work]:
+        """The same work as steps that the declared limits allow; one where there are none."""
+        limits, parts = self.target.constraints(), []
+        chunks = [chunk for item in work for chunk in self._chunks(*item, limits)]
+        while chunks:
+            part: Work = []
+            for row, count in chunks:
+                if all(row != other for other, _ in part) and self._fits(part, row, count, limits):
+                    part.append((row, count))
+            for chunk in part:
+                chunks.remove(chunk)
+            parts.append(part)
+        return parts
+
+    def _chunks(self, row: int, count: int, limits: StepConstraints) -> Work:
+        """Tokens of one row: chunks of the declared multiple, but for the last of a prompt."""
+        request = self.sequences[row]
+        rest, multiple = len(request.tokens) - request.computed, limits.chunk_multiple
+        count = min(count, rest)
+        if count < rest:
+            count = min(rest, -(-count // multiple) * multiple)
+        most = limits.max_tokens or count
+        most = max(most - most % multiple, multiple) if count > most else count
+        return [(row, min(most, count - at)) for at in range(0, count, most)]
+
+    def _fits(self, part: Work, row: int, count: int, limits: StepConstraints) -> bool:
+        """Without mixed_ok, rows that decode, prompts of one token and longer ones stay apart."""
+
+        def kind(item: tuple[int, int]) -> tuple[bool, bool]:
+            request = self.sequences[item[0]]
+            return item[1] > 1, request.computed >= request.prompt_len
+
+        num_prefills = sum(tokens > 1 for _, tokens in part) + (count > 1)
+        total = sum(tokens for _, tokens in part) + count
+        return (
+            total <= (limits.max_tokens or total)
+            and num_prefills <= (limits.max_prefills or num_prefills)
+            and (limits.mixed_ok or all(kind(item) == kind((row, count)) for item in part))
+        )
 
     def run(
         self,
@@ -220,6 +272,13 @@ class Session:
     # ---- judgement
     def check(self, pending: Pending, result: Any = None, when: str = "") -> Evidence:
         """The step's result on the host is what it must be."""
+        evidence = Evidence()
+        for earlier in pending.earlier:
+            evidence += self._check_one(earlier, None, when)
+        evidence += self._check_one(pending, result, when)
+        return evidence
+
+    def _check_one(self, pending: Pending, result: Any, when: str) -> Evidence:
         if result is None:
             result = self.target.fetch(pending.result)
         if getattr(result, "_fields", None) != StepResult._fields:

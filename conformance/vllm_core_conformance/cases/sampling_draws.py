@@ -71,7 +71,8 @@ SHORT = 65_536
 
 def large(target: Target, seed: int) -> Evidence:
     """Rows nearly or wholly flat, so that each of thousands of tokens has its own short piece of
-    the mass, much of it behind id 65,536. Where all are equal, exp leaves no choice."""
+    the mass, much of it behind id 65,536. Where all are equal, exp leaves no choice. One row has a
+    best token, and more mass in tokens of which each has a 30,000th of its own."""
     vocab = 70_001
     rng, judge = rng_of("sampling.draw.large", seed), Judge(f"draws from {vocab:,} tokens")
     for _ in range(2):
@@ -79,6 +80,8 @@ def large(target: Target, seed: int) -> Evidence:
         logits[:6] = (rng.normal(size=(6, vocab)) * 3).astype(np.float32)
         logits[:6, SHORT:] += 4
         logits[2:5] = 1.5
+        logits[1] = -24.0
+        logits[1, 17] = 0.0
         requests = [awkward_request(rng, vocab, x) for x in logits]
         for row in range(5):
             requests[row] = Request(temperature=2.0 + row / 3, seed=_seed(rng), position=row)

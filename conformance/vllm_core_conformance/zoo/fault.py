@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from vllm_core.backend import OpenConfig, Runtime
+from vllm_core_conformance.target import Source
+from vllm_core_conformance.zoo.plugin import Plugin, install
 
 MODULES = (
     "attention",
@@ -22,6 +24,7 @@ MODULES = (
     "lifecycle",
     "lies",
     "contract",
+    "manifest",
     "trivial",
     "ops",
     "moe",
@@ -53,6 +56,14 @@ class Fault:
     """Profiles that must catch it."""
     dangerous: bool = False
     """It ends, blocks or kills its process: it runs under the supervisor only."""
+    plugin: Plugin | None = None
+    """It is wrong before it is opened: found by its entry point, and opened as that says."""
+
+    def source(self) -> Source:
+        """Where a Target opens it."""
+        if self.plugin is None:
+            return Source(self.name, self.open)
+        return install(self.name, self.plugin)
 
 
 @cache

@@ -27,6 +27,7 @@ RELATED = {
     "memory": ("memory", "kv", "contract", "weights"),
     "lifecycle": ("contract", "errors", "memory", "weights"),
     "lies": ("contract", "errors", "deterministic", "quantised", "weights"),
+    "manifest": ("contract",),
     "trivial": ("attention", "programs", "deterministic"),
     "ops": ("ops",),
     "moe": ("ops",),
@@ -38,6 +39,8 @@ RELATED = {
 """Area of a fault -> areas of cases that are asked first."""
 DANGEROUS_CASES = 4
 """So many cases see a backend that ends or blocks its process."""
+CLOSING_CASES = ("memory.close", "contract.two_runtimes")
+"""And these, which close a runtime."""
 DANGEROUS_SCALE = 0.1
 """Of the usual time limits."""
 
@@ -85,8 +88,7 @@ def related_first(fault: Fault, cases: Sequence[Case]) -> list[Case]:
 
 
 def try_fault(name: str, case_ids: Sequence[str], enough: int = 0) -> Trial:
-    """One Target per dtype. `enough` kills end it, and one is enough not to ask cases of unrelated
-    areas (0: all cases run)."""
+    """One Target per dtype; `enough` kills end it (0: all cases run)."""
     fault, trial = all_faults()[name], Trial(name)
     known = all_cases()
     cases = related_first(fault, [known[case_id] for case_id in case_ids])
@@ -97,8 +99,6 @@ def try_fault(name: str, case_ids: Sequence[str], enough: int = 0) -> Trial:
     far = [case for case in cases if case.area not in own]
     targets: dict[str, Target | tuple[str, str]] = {}
     for some in (near, far):
-        if enough and trial.kills(fault.expected):
-            break
         for dtype in DTYPES:
             for case in some:
                 if dtype != DTYPES[0] and not case.every_dtype:
@@ -121,7 +121,7 @@ def _opened(
             return None
         try:
             with _limited(20.0):
-                target = Target(Source(fault.name, fault.open), dtype)
+                target = Target(fault.source(), dtype)
             told = f"opened with dtype {dtype}, the runtime says {target.dtype}"
             targets[dtype] = target if target.dtype == dtype else ("capability_lie", told)
         except Raised as raised:
@@ -165,7 +165,9 @@ def _try_dangerous(fault: Fault, cases: Sequence[Case], trial: Trial) -> Trial:
     settings = Settings(
         f"vllm_core_conformance.zoo.open:{fault.name}", timeout_scale=DANGEROUS_SCALE
     )
-    tasks = [Task(case, DTYPES[0], 0) for case in cases[:DANGEROUS_CASES]]
+    closing = [case for case in cases if case.id in CLOSING_CASES]
+    some = [*cases[:DANGEROUS_CASES], *closing]
+    tasks = [Task(case, DTYPES[0], 0) for case in some]
     with Supervisor(settings) as supervisor:
         for result in supervisor.run(tasks):
             trial.add(result.case, result.dtype, result.status, result.sentence, result.seconds)
