@@ -1,5 +1,5 @@
-"""The only place that knows how to run things: demo, tests, lint, types, conformance,
-smoke, matrix, support, bench, build.
+"""The only place that knows how to run things: demo, tests, kernels, lint, types, conformance,
+smoke, matrix, support, bench, build, wheel_cpu.
 
 Knows: what each session installs and calls. Does not know: what the commands do.
 """
@@ -7,13 +7,16 @@ Knows: what each session installs and calls. Does not know: what the commands do
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import zipfile
 from pathlib import Path
+from platform import machine as host_machine
 
 import nox
 
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "kernels"]
 
 ROOT = Path(__file__).parent
 TREE = ("-e", ".", "-e", "backends/cpu")
@@ -27,6 +30,7 @@ REPORTS = ROOT / "build" / "reports"
 FETCH_DEMO_MODEL = (
     "from vllm_core.weights.demo import ensure_demo_model; print(ensure_demo_model(print))"
 )
+SHOW_KERNELS = "from vllm_core_cpu import native; print(native.find()); native.find().linear"
 
 
 def install(session: nox.Session, *what: str) -> None:
@@ -55,6 +59,16 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def kernels(session: nox.Session) -> None:
+    """The CPU backend's kernels on every instruction set of this machine; old x86 and Arm under
+    qemu where it is: apt-get install g++-aarch64-linux-gnu qemu-user-static."""
+    install(session, *TESTED_TREE, "torch")
+    environment = {"OMP_NUM_THREADS": "1"}
+    what = session.posargs or ["backends/cpu/tests"]
+    session.run("pytest", "-n", "2", "-r", "s", *what, env=environment)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, format and who may import whom."""
     install(session, "ruff", "import-linter")
@@ -67,7 +81,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy, strict, on everything."""
-    install(session, *TESTED_TREE, "torch", "jax", "mypy", "nox")
+    install(session, *TESTED_TREE, "torch", "jax", "mypy", "nox", "hatchling")
     session.run("mypy", *session.posargs)
 
 
@@ -131,3 +145,49 @@ def build(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", "dist", *DISTRIBUTIONS)
     for wheel in sorted((ROOT / "dist").glob("*.whl")):
         session.log(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1024:.0f} KiB")
+
+
+@nox.session
+def wheel_cpu(session: nox.Session) -> None:
+    """The CPU backend's wheel for any Linux with glibc 2.28 (2018), into dist/: without Docker, by
+    a compiler that brings old system libraries. `-- aarch64` for Arm."""
+    (machine,) = session.posargs or ["x86_64"]
+    session.install("wheel==0.48.0", "ziglang==0.17.0")
+    place = ROOT / "build" / "wheel_cpu"
+    shutil.rmtree(place, ignore_errors=True)
+    # -I: pip hides this environment from what it builds
+    zig = f"{session.virtualenv.bin}/python -I -m ziglang c++ -target {machine}-linux-gnu.2.28"
+    environment = {"CXX": zig, "LDFLAGS": "-s"}
+    where = ("--no-deps", "--wheel-dir", str(place), "backends/cpu")
+    session.run("python", "-m", "pip", "wheel", *where, env=environment)
+    (built,) = place.glob("*.whl")
+    mistake = mistake_in_wheel(built, machine)
+    if mistake:
+        session.error(f"{built.relative_to(ROOT)}: {mistake}")
+    tag = ("--remove", "--platform-tag", f"manylinux_2_28_{machine}")
+    session.run("python", "-m", "wheel", "tags", *tag, str(built))
+    (wheel,) = place.glob("*.whl")
+    (ROOT / "dist").mkdir(exist_ok=True)
+    wheel = wheel.replace(ROOT / "dist" / wheel.name)
+    session.log(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1024:.0f} KiB")
+    if machine == host_machine():
+        install(session, ".")
+        session.install("--no-deps", "--force-reinstall", str(wheel))
+        session.run("python", "-c", SHOW_KERNELS)
+
+
+def mistake_in_wheel(wheel: Path, machine: str) -> str:
+    """What keeps a wheel of the CPU backend from being a manylinux_2_28 one; else ""."""
+    if not wheel.name.endswith(f"-py3-none-linux_{machine}.whl"):
+        return "it has no kernels; `pip wheel -v` shows what the build said"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        library = archive.read("vllm_core_cpu/_kernels.so")
+    if any("csrc" in name for name in names):
+        return f"it has sources: {names}"
+    newest = max(map(int, re.findall(rb"\0GLIBC_2\.(\d+)", library)))
+    if newest > 28:
+        return f"it needs glibc 2.{newest}"
+    system = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2"}
+    needed = {name.decode() for name in re.findall(rb"\0(lib[\w+-]+\.so\.\d+)\0", library)}
+    return f"it needs {needed - system}" if needed - system else ""

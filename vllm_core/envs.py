@@ -34,6 +34,12 @@ def demo_model() -> Path | None:
     return Path(given) if given else None
 
 
+def cpu_isa() -> str | None:
+    """VLLM_CORE_CPU_ISA: instruction set of the cpu backend's kernels (generic, avx2, avx512,
+    avx512_bf16, neon_bf16), or portable for none of them; default: the best of the processor."""
+    return os.environ.get("VLLM_CORE_CPU_ISA") or None
+
+
 def test_data() -> Path | None:
     """VLLM_CORE_TEST_DATA: folder with real models, tokenizers, traces and prompts for the
     tests."""

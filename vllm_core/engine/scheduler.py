@@ -146,6 +146,7 @@ class Scheduler:
         prefilling = running[np.argsort(r.rank[running], kind="stable")].tolist()
         chunks = constraints.max_prefills if constraints.max_prefills is not None else r.num_rows
         draws = self.limits.max_draws - int((query > 0).sum())
+        alone: bool | None = None  # whether the step is of single tokens, where it may not mix
         while left > 0 and chunks > 0 and draws > 0:
             row = prefilling.pop(0) if prefilling else self._admit()
             if row is None:
@@ -155,6 +156,10 @@ class Scheduler:
             chunk = self._chunk(int(r.goal[row] - r.bound[row]), left)
             if not chunk:
                 break
+            if not constraints.mixed_ok:
+                alone = chunk == 1 if alone is None else alone
+                if alone != (chunk == 1):  # a single token is a decoding row to the device
+                    continue
             self.kv.leave_window(np.array([row]), r.bound[row : row + 1])
             if self._grow(row, int(r.bound[row]) + chunk):
                 query[row] = chunk

@@ -137,6 +137,4 @@ def _ffn(ops: Ops, spec: LayerSpec, p: Params, x: Array, valid: Array) -> Array:
         return ops.moe_experts(x, ids, weights, p["gate_up"], p["down"])
     if not ffn.gated:
         return ops.linear(ops.activation(ops.linear(x, p["up"]), ffn.activation), p["down"])
-    gate_up = ops.linear(x, p["gate_up"])
-    act = ops.silu_and_mul if ffn.activation == "silu" else ops.gelu_and_mul
-    return ops.linear(act(gate_up), p["down"])
+    return ops.linear(ops.gated_linear(x, p["gate_up"], ffn.activation), p["down"])

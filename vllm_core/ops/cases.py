@@ -161,6 +161,21 @@ def gated_inputs(rng: np.random.Generator) -> Iterator[Case]:
         yield Case(f"{tokens} x {2 * width}", (Activation(awkward(rng, tokens, 2 * width)),))
 
 
+def gated_linear_inputs(rng: np.random.Generator) -> Iterator[Case]:
+    for case in linear_inputs(rng):
+        x, weights = case.args
+        rows = len(weights.tensors["weight"]) // 2 * 2
+        if not rows:
+            continue
+        tensors = {name: tensor[:rows] for name, tensor in weights.tensors.items()}
+        for kind in ("silu", "gelu_tanh"):
+            yield Case(f"{case.name}, {kind}", (x, Weights("linear", tensors), kind))
+    x = Activation(rng.normal(size=(7, 64)))
+    yield Case(
+        "7 x 64 -> 256, silu", (x, Weights("linear", {"weight": _weight(rng, 256, 64)}), "silu")
+    )
+
+
 def activation_inputs(rng: np.random.Generator) -> Iterator[Case]:
     for kind in ("relu", "gelu", "gelu_tanh", "silu"):
         yield Case(kind, (Activation(awkward(rng, 13, 65)), kind))

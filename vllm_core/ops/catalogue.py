@@ -221,6 +221,24 @@ def _gated_noise(kind: str) -> Law:
     return noise
 
 
+def _gated_linear(
+    x: HostArray, params: Mapping[str, HostArray], kind: str
+) -> tuple[HostArray, ...]:
+    return _gated(kind)(_linear(x, params)[0])
+
+
+def _gated_linear_noise(
+    ratio: float, x: HostArray, params: Mapping[str, HostArray], kind: str
+) -> tuple[HostArray, ...]:
+    """Of gate and up, each rounded or not, through the gate."""
+    both, noise = _linear(x, params)[0], _linear_noise(ratio, x, params)[0]
+    half = both.shape[-1] // 2
+    with np.errstate(over="ignore"):
+        gate, slope = reference.activation(both[:, :half], kind), _slope(both[:, :half], kind)
+    of_gate = np.abs(slope * both[:, half:]) * noise[:, :half]
+    return (_gated_noise(kind)(ratio, both)[0] + of_gate + np.abs(gate) * noise[:, half:],)
+
+
 def _moe_route_noise(
     ratio: float, logits: HostArray, top_k: int, renormalize: bool, valid: HostArray
 ) -> tuple[HostArray, ...]:
@@ -355,6 +373,14 @@ _NUMERIC = (
         cases.gated_inputs,
         _gated_noise("gelu_tanh"),
         "(|f| + (u32/u) (|x f'| + |x| / 2)) |up|",
+        (0.5, 4),
+    ),
+    _numeric(
+        "gated_linear",
+        _gated_linear,
+        cases.gated_linear_inputs,
+        _gated_linear_noise,
+        "as the gate's, + |f' up| n(gate) + |f| n(up), n as of linear",
         (0.5, 4),
     ),
     _numeric(

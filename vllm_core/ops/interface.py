@@ -163,6 +163,12 @@ class Ops(ABC):
     def gelu_and_mul(self, x: Array) -> Array:
         """[T, 2F] -> gelu_tanh(x[:, :F]) * x[:, F:]."""
 
+    def gated_linear(self, x: Array, param: Param, kind: str) -> Array:
+        """linear, then its gate: weight [2F, in] -> [T, F]. kind: silu | gelu_tanh. Worth a kernel
+        that rounds once and never writes the [T, 2F] between."""
+        both = self.linear(x, param)
+        return self.silu_and_mul(both) if kind == "silu" else self.gelu_and_mul(both)
+
     @abstractmethod
     def activation(self, x: Array, kind: str) -> Array:
         """kind: relu | gelu (erf) | gelu_tanh | silu."""

@@ -23,7 +23,7 @@ from vllm_core.runner.batch import build_step, cover, exact_key, overflow
 MAX_EAGER_BUCKETS = 512
 """Shapes remembered where any shape goes; a new one costs microseconds."""
 SCORE_ROWS = 64
-"""Prompt tokens scored in one call."""
+"""Prompt tokens scored in one call, where the device allows as many rows of logits."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,10 @@ class ModelRunner:
             program = programs.score_program(self.runtime.device, self.spec, count)
             self._score[count] = self.runtime.compile(program, None)
         fetches, ops = [], self.runtime.ops
-        for at in range(0, len(targets.targets), SCORE_ROWS):
-            part = targets.targets[at : at + SCORE_ROWS]
-            index, ids = np.zeros(SCORE_ROWS, np.int32), np.zeros(SCORE_ROWS, np.int32)
+        rows = min(SCORE_ROWS, self.runtime.caps.max_logit_rows or SCORE_ROWS)
+        for at in range(0, len(targets.targets), rows):
+            part = targets.targets[at : at + rows]
+            index, ids = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
             index[: len(part)] = targets.first + at + np.arange(len(part))
             ids[: len(part)] = part
             result = self._score[count](self.params, hidden, ops.asarray(index), ops.asarray(ids))

@@ -1,6 +1,7 @@
 """What the CPU backend tells the core about itself, without importing a framework.
 
-Knows: whether torch is installed, what the machine lends us. Does not know: torch.
+Knows: whether torch is installed, what the machine lends us, which kernels it would run.
+Does not know: torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 
 from vllm_core.backend import BackendInfo, DeviceInfo, Probe, hookimpl
 from vllm_core.bindings import machine
+from vllm_core.errors import InvalidArgument
+from vllm_core_cpu import native
 
 
 @hookimpl
@@ -33,4 +36,19 @@ def probe() -> Probe:
         return Probe(reason="torch is not installed", fix="pip install 'torch>=2.10,<3'")
     cpus, (total, _) = machine.usable_cpus(), machine.memory()
     device = DeviceInfo(0, "cpu", platform.machine(), total)
-    return Probe([device], reason=f"{cpus} usable processors, {total / 2**30:.1f} GiB of memory")
+    kernels, fix = _kernels()
+    found = f"{cpus} usable processors, {total / 2**30:.1f} GiB of memory"
+    return Probe([device], reason=f"{found}, {kernels}", fix=fix)
+
+
+def _kernels() -> tuple[str, str]:
+    """Which kernels would run, and the command that would mend it."""
+    try:
+        found = native.find()
+    except InvalidArgument as error:
+        return f"unusable kernels: {error}", "unset VLLM_CORE_CPU_ISA"
+    if isinstance(found, native.Absent):
+        return f"portable ops, which are slower: {found.reason}", found.fix
+    if native.is_outdated():
+        return f"own kernels: {found.isa}, older than their sources", native.how_to_build()
+    return f"own kernels: {found.isa}", ""

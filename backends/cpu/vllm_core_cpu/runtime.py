@@ -1,6 +1,6 @@
-"""Opens the CPU: for now the portable torch binding as it is.
+"""Opens the CPU: the torch binding, with our own kernels in its place where they can be had.
 
-Knows: which binding drives a CPU, how its threads wait. Does not know: models, scheduling.
+Knows: which binding drives a CPU, how its threads wait. Does not know: kernels, models.
 """
 
 from __future__ import annotations
@@ -17,6 +17,6 @@ one busy process (docs/adr/0003)."""
 def open_runtime(config: OpenConfig) -> Runtime:
     """The runtime of the one CPU device."""
     envs.default_spin_count(SPIN_COUNT)  # read once, when torch is imported
-    from vllm_core.bindings import torch as binding
+    from vllm_core_cpu.kernel_runtime import open_runtime
 
-    return binding.open_runtime(config)
+    return open_runtime(config)

@@ -44,6 +44,7 @@ class Watch:
         decodes = plan.start >= r.goal[plan.rows]
         if not constraints.mixed_ok:
             assert decodes.all() or not decodes.any()
+            assert plan.num_single in (0, len(q)), "to the device a single token is a decoding row"
         cut = ~decodes & ~plan.draws
         assert (q[cut] % constraints.chunk_multiple == 0).all()
         assert (plan.start + q <= r.end[plan.rows]).all(), "a row runs past its end"

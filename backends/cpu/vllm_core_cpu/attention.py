@@ -1,0 +1,223 @@
+"""Paged attention through our kernel: the cache in its layout, one call a layer.
+
+Cache of a pool: [blocks, layers, KV heads, K then V] (csrc/attention.h). A plan is the kernel's
+record with the addresses of the step's tables and lengths: a layer fills in its own tensors only.
+
+Knows: the kernel's record, torch tensors. Does not know: models, who owns a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from ctypes import addressof
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_core.backend import KV, AttentionBackend, AttentionPlan, AttentionSpec, HostStep, KVGroup
+from vllm_core.bindings.torch.convert import dtype_of, from_host, to_host
+from vllm_core.errors import InvalidArgument, NotSupported, OutOfMemory
+from vllm_core.ops import BucketKey, DeviceState, HostArray, StepInput, StepView
+from vllm_core_cpu import native
+from vllm_core_cpu.weights import DTYPES
+
+Tensor = torch.Tensor
+
+BLOCK_TOKENS = (32, 64, 16, 128, 256)
+"""K stands in groups of 16 tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlanArrays:
+    """The record of one spec, and the tensors whose addresses it holds."""
+
+    record: native.Attend
+    address: int
+    held: tuple[Tensor, ...]
+
+
+class CpuAttention(AttentionBackend):
+    """One runtime's, in float32 or bfloat16."""
+
+    def __init__(
+        self, kernels: native.Native, dtype: str, synchronize: Callable[[], None]
+    ) -> None:
+        """synchronize: waits until what was submitted has run."""
+        self._kernels = kernels
+        self.dtype = dtype_of(dtype)
+        self._code = DTYPES[self.dtype]
+        self._synchronize = synchronize
+
+    # ---- the cache
+    def block_tokens(self, spec: AttentionSpec) -> tuple[int, ...]:
+        return BLOCK_TOKENS
+
+    def block_bytes(self, group: KVGroup) -> int:
+        return self._block_elements(group) * self.dtype.itemsize
+
+    def _block_elements(self, group: KVGroup) -> int:
+        spec = group.spec
+        head: int = self._kernels.kv_head_size(
+            self._code, spec.dim_qk, spec.dim_v, group.block_tokens
+        )
+        return group.layers * spec.num_kv_heads * head
+
+    def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
+        sizes = {group.pool: self._block_elements(group) for group in groups}
+        for group in groups:
+            if group.block_tokens % 16:
+                raise NotSupported(
+                    f"blocks of {group.block_tokens} tokens: this layout needs multiples of 16"
+                )
+            if self._block_elements(group) != sizes[group.pool]:
+                raise InvalidArgument("groups of one pool must have blocks of one size")
+        try:
+            return tuple(
+                torch.zeros(num_blocks[pool], sizes[pool], dtype=self.dtype)
+                for pool in sorted(sizes)
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise OutOfMemory(
+                f"no memory for {num_blocks} KV blocks (by pool); lower num_kv_blocks or "
+                "memory_utilization"
+            ) from error
+
+    def layout_fingerprint(self, group: KVGroup) -> str:
+        spec = group.spec
+        shape = (group.layers, spec.num_kv_heads, group.block_tokens, spec.dim_qk, spec.dim_v)
+        return f"cpu-lanes-of-16 (layers, heads, tokens, dim, dim_v) {shape} {self.dtype}"
+
+    def _record(self, kv: KV, group: KVGroup, layer: int) -> native.Attend:
+        spec = group.spec
+        return native.Attend(
+            cache=kv[group.pool].data_ptr(),
+            block_stride=self._block_elements(group),
+            layer=layer,
+            q_heads=spec.num_q_heads,
+            kv_heads=spec.num_kv_heads,
+            dim=spec.dim_qk,
+            dim_v=spec.dim_v,
+            block_tokens=group.block_tokens,
+            dtype=self._code,
+        )
+
+    def _move(
+        self, kv: KV, group: KVGroup, ids: Sequence[int], k: Tensor, v: Tensor, to_cache: bool
+    ) -> None:
+        self._synchronize()
+        blocks = torch.tensor(list(ids), dtype=torch.int32)
+        for layer in range(group.layers):
+            record = self._record(kv, group, layer)
+            self._kernels.move_blocks(
+                addressof(record), blocks.data_ptr(), len(blocks), k[layer].data_ptr(),
+                v[layer].data_ptr(), int(to_cache),
+            )  # fmt: skip
+
+    def export_blocks(self, kv: KV, group: KVGroup, ids: Sequence[int]) -> dict[str, HostArray]:
+        spec = group.spec
+        lead = (group.layers, len(ids), group.block_tokens, spec.num_kv_heads)
+        k = torch.empty(*lead, spec.dim_qk, dtype=self.dtype)
+        v = torch.empty(*lead, spec.dim_v, dtype=self.dtype)
+        self._move(kv, group, ids, k, v, False)
+        return {"k": to_host(k), "v": to_host(v)}
+
+    def import_blocks(
+        self, kv: KV, group: KVGroup, ids: Sequence[int], arrays: dict[str, HostArray]
+    ) -> KV:
+        k, v = (from_host(arrays[name]).to(self.dtype).contiguous() for name in "kv")
+        self._move(kv, group, ids, k, v, True)
+        return kv
+
+    def copy_blocks(self, kv: KV, group: KVGroup, src: Tensor, dst: Tensor) -> KV:
+        pool = kv[group.pool]
+        pool[dst] = pool[src]
+        return kv
+
+    # ---- once per step
+    def plan_host(self, host: HostStep, key: BucketKey) -> dict[str, HostArray]:
+        return {"num_rows": np.array([len(host.query_len)], np.int64)}
+
+    def plan(
+        self,
+        state: DeviceState,
+        view: StepView,
+        step: StepInput,
+        key: BucketKey,
+        host_part: Any,
+        specs: tuple[AttentionSpec, ...],
+        groups: tuple[KVGroup, ...],
+    ) -> tuple[AttentionPlan, ...]:
+        lengths, start, rows = (
+            x.to(torch.int32).contiguous() for x in (view.seq_lens, step.query_start, step.row)
+        )
+        plans = []
+        for spec in specs:
+            if spec.chunk is not None or spec.alibi or not spec.writes_kv:
+                raise NotSupported("chunked, ALiBi and borrowed attention are reserved")
+            group = groups[spec.group]
+            tables = state.tables[spec.group].contiguous()
+            record = native.Attend(
+                tables=tables.data_ptr(),
+                rows=rows.data_ptr(),
+                seq_lens=lengths.data_ptr(),
+                query_start=start.data_ptr(),
+                block_stride=self._block_elements(group),
+                table_stride=tables.shape[1],
+                num_rows=int(host_part["num_rows"][0]),
+                num_tokens=len(view.token_ids),
+                q_heads=spec.num_q_heads,
+                kv_heads=spec.num_kv_heads,
+                dim=spec.dim_qk,
+                dim_v=spec.dim_v,
+                block_tokens=group.block_tokens,
+                window=-1 if spec.window is None else spec.window,
+                scale=spec.scale,
+                softcap=spec.softcap or 0.0,
+                causal=int(spec.causal),
+                dtype=self._code,
+            )
+            arrays = PlanArrays(record, addressof(record), (tables, rows, lengths, start))
+            plans.append(AttentionPlan(arrays, spec, group))
+        return tuple(plans)
+
+    # ---- per layer
+    def attend(
+        self,
+        kv: KV,
+        layer: Tensor | int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        *,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None, KV]:
+        if return_lse and sinks is not None:
+            raise InvalidArgument("return_lse with sinks: merge applies the sink, once")
+        spec, record = plan.spec, plan.arrays.record
+        q, k, v = (_dense_heads(x, self.dtype) for x in (q, k, v))
+        out = torch.empty((len(q), spec.num_q_heads, spec.dim_v), dtype=self.dtype)
+        lse = None
+        if return_lse:
+            lse = torch.empty((len(q), spec.num_q_heads), dtype=torch.float32)
+        if sinks is not None:
+            sinks = sinks.float().contiguous()
+        record.cache, record.layer = kv[plan.group.pool].data_ptr(), int(layer)
+        record.q, record.k, record.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        record.q_stride, record.k_stride, record.v_stride = q.stride(0), k.stride(0), v.stride(0)
+        record.out, record.lse = out.data_ptr(), None if lse is None else lse.data_ptr()
+        record.sinks = None if sinks is None else sinks.data_ptr()
+        self._kernels.attend(plan.arrays.address)
+        return out, lse, kv
+
+
+def _dense_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [T, heads, D] with heads side by side; tokens may be further apart."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2]):
+        x = x.contiguous()
+    return x

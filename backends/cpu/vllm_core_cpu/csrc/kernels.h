@@ -1,0 +1,84 @@
+// What every instruction set implements, and the plain structs that cross the C interface.
+//
+// Python fills the structs (native.py) and passes their addresses; a field added here is added
+// there. Tensors are addresses; sizes and strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace vc {
+
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+
+// One packed weight: what linear needs of it beside x.
+struct Linear {
+  const void* packed;
+  const float* bias;  // or null
+  int64_t n, k;       // gated: n results of 2n rows
+  int32_t dtype;      // of x and the weight
+  int32_t out_dtype;
+  int32_t epilogue;  // 0: none, 1: silu(gate) * up, 2: gelu_tanh(gate) * up
+};
+
+// One step of one attention layer. Rows come as the seam has them; strides are those of tokens.
+struct Attend {
+  void* cache;                // of the layer's pool
+  const int32_t* tables;      // [state rows][table_stride] block ids
+  const int32_t* rows;        // [num_rows] which table is whose
+  const int32_t* seq_lens;    // [num_rows] with the tokens of this step
+  const int32_t* query_start;  // [num_rows + 1]
+  const void* q;              // [num_tokens, q_heads, dim]
+  const void* k;
+  const void* v;
+  void* out;           // [num_tokens, q_heads, dim_v], dense
+  float* lse;          // [num_tokens, q_heads] or null
+  const float* sinks;  // [q_heads] or null
+  int64_t block_stride, layer, table_stride, q_stride, k_stride, v_stride;
+  int64_t num_rows, num_tokens, q_heads, kv_heads, dim, dim_v, block_tokens;
+  int64_t window;  // -1: none
+  float scale;
+  float softcap;  // 0: none
+  int32_t causal;
+  int32_t dtype;
+};
+
+// Rows of numbers under a norm, an activation, a rotation. Strides are those of rows.
+struct Rows {
+  const void* x;
+  const void* residual;  // added to x before, or null
+  const float* weight;
+  const float* bias;
+  void* out;
+  void* total;  // x + residual, or null
+  int64_t rows, size, x_stride, out_stride;
+  float eps;
+  int32_t dtype;
+};
+
+// q and k of a step, rotated on their way.
+struct Rope {
+  const void* x;  // [tokens, heads, dim]
+  const float* cos;  // [tokens, rotary / 2]
+  const float* sin;
+  void* out;  // dense
+  int64_t tokens, heads, dim, half, x_stride;
+  int32_t dtype;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t (*packed_bytes)(int32_t dtype, int64_t n, int64_t k);
+  void (*pack)(int32_t dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* out);
+  void (*unpack_rows)(int32_t dtype, const void* packed, const int32_t* rows, int64_t count, int64_t n, int64_t k, void* out);
+  void (*linear)(const Linear* weight, const void* x, int64_t x_stride, void* out, int64_t m);
+  void (*attend)(const Attend* step);
+  int64_t (*kv_head_size)(int32_t dtype, int64_t dim, int64_t dim_v, int64_t block_tokens);  // elements
+  // `count` blocks of one layer <-> [count, block_tokens, kv_heads, dim]; to_cache: 1 writes the cache
+  void (*move_blocks)(const Attend* cache, const int32_t* blocks, int64_t count, void* k, void* v, int32_t to_cache);
+  void (*rms_norm)(const Rows* rows);
+  void (*layer_norm)(const Rows* rows);
+  void (*gate)(const Rows* rows, int32_t kind);  // x [rows, 2 size] -> act(x[:, :size]) * x[:, size:]
+  void (*rope)(const Rope* rope);
+};
+
+}  // namespace vc

@@ -1,0 +1,80 @@
+"""The torch binding's runtime with weights packed for our kernels, and ops and attention on them.
+
+Knows: what is packed, and when the portable ops must do. Does not know: layouts, instruction sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vllm_core.backend import OpenConfig, RectangleTables, Runtime
+from vllm_core.bindings import torch as binding
+from vllm_core.bindings.parts import dense_tensors
+from vllm_core.bindings.torch import TorchRuntime
+from vllm_core.bindings.torch.convert import dtype_of, from_host, to_host
+from vllm_core.errors import OutOfMemory
+from vllm_core.ops import HostArray, Param, ParamSpec, Part
+from vllm_core_cpu import native
+from vllm_core_cpu.attention import CpuAttention
+from vllm_core_cpu.ops import CpuOps
+from vllm_core_cpu.weights import Packed, pack, unpack
+
+DTYPES = ("float32", "bfloat16")
+"""What the kernels compute in; other models take the portable ops."""
+
+
+def open_runtime(config: OpenConfig) -> Runtime:
+    """With our kernels where they are built and take the dtype."""
+    kernels, _ = native.load()
+    opened = binding.open_runtime(config)
+    if kernels is None or opened.dtype not in DTYPES:
+        return opened
+    opened.close()
+    return CpuRuntime(
+        kernels,
+        torch.device("cpu"),
+        config.dtype,
+        config.threads,
+        checkpoint_dtype=config.checkpoint_dtype,
+    )
+
+
+class CpuRuntime(TorchRuntime):
+    """One process's CPUs."""
+
+    def __init__(self, kernels: native.Native, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._kernels = kernels
+        kernels.set_threads(self.threads)
+        self.ops = CpuOps(kernels, self.torch_device, self.synchronize)
+        self.attention = CpuAttention(kernels, self.dtype, self.synchronize)
+        self.block_tables = RectangleTables(self.ops)
+
+    def _load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
+        if spec.role not in ("linear", "embedding") or len(spec.shape) != 2:
+            return super()._load(spec, parts)
+        dtype = dtype_of(self.dtype)
+        try:
+            found = {
+                name: [from_host(x).to(dtype) for x in tensors]
+                for name, tensors in dense_tensors(spec, parts).items()
+            }
+            tensors = {name: xs[0] if len(xs) == 1 else torch.cat(xs) for name, xs in found.items()}
+            spec.check(tensors["weight"].shape)
+            return Param(*pack(self._kernels, tensors["weight"], tensors.get("bias")))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise OutOfMemory(f"no memory for the weight {spec.name} {list(spec.shape)}") from error
+
+    def unload(self, param: Param) -> dict[str, HostArray]:
+        facts = param.static
+        if not isinstance(facts, Packed):
+            return super().unload(param)
+        self.synchronize()
+        found = {"weight": to_host(unpack(self._kernels, param["packed"], facts))}
+        bias = param.get("bias")
+        if bias is not None:
+            found["bias"] = to_host(bias.to(facts.dtype, copy=True))
+        return found

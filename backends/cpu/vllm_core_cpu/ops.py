@@ -1,0 +1,154 @@
+"""The op table with our own kernels, where they take the dtype; torch's ops for the rest.
+
+Knows: which op goes where. Does not know: instruction sets, models.
+"""
+
+from __future__ import annotations
+
+from ctypes import addressof
+from typing import Any
+
+import torch
+
+from vllm_core.bindings.torch.ops import TorchOps
+from vllm_core.ops import Param
+from vllm_core_cpu import native
+from vllm_core_cpu.weights import DTYPES, Packed
+
+Tensor = torch.Tensor
+
+GATES = {"silu": 1, "gelu_tanh": 2}
+
+
+class CpuOps(TorchOps):
+    """Of one runtime: the records that calls fill are its own, and programs run one at a time."""
+
+    name = "cpu"
+
+    def __init__(self, kernels: native.Native, *more: Any) -> None:
+        super().__init__(*more)
+        self._kernels = kernels
+        self._rows = native.Rows()
+        self._rows_address = addressof(self._rows)
+        self._rope = native.Rope()
+        self._rope_address = addressof(self._rope)
+
+    # ---- products
+    def embed(self, ids: Tensor, param: Param) -> Tensor:
+        facts = param.static
+        if not isinstance(facts, Packed):
+            return super().embed(ids, param)
+        ids = ids.to(torch.int32).contiguous()
+        out = torch.empty((*ids.shape, facts.k), dtype=facts.dtype)
+        self._kernels.unpack_rows(
+            facts.plain.dtype, facts.plain.packed, ids.data_ptr(), ids.numel(), facts.n, facts.k,
+            out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def linear(self, x: Tensor, param: Param) -> Tensor:
+        facts = param.static
+        if not isinstance(facts, Packed):
+            return super().linear(x, param)
+        return self._product(x, facts, "plain", facts.n, facts.dtype)
+
+    def logits(self, x: Tensor, param: Param) -> Tensor:
+        facts = param.static
+        if not isinstance(facts, Packed):
+            return super().logits(x, param)
+        return self._product(x, facts, "wide", facts.n, torch.float32)
+
+    def gated_linear(self, x: Tensor, param: Param, kind: str) -> Tensor:
+        facts = param.static
+        if not isinstance(facts, Packed) or kind not in facts.gated:
+            plain: Tensor = super().gated_linear(x, param, kind)
+            return plain
+        return self._product(x, facts, kind, facts.n // 2, facts.dtype)
+
+    def _product(self, x: Tensor, facts: Packed, kind: str, n: int, dtype: torch.dtype) -> Tensor:
+        count = x.shape[0]
+        if x.dtype != facts.dtype or x.stride(-1) != 1:
+            x = x.to(facts.dtype).contiguous()
+        out = torch.empty((count, n), dtype=dtype)
+        self._kernels.linear(
+            facts.addresses[kind], x.data_ptr(), x.stride(0), out.data_ptr(), count
+        )
+        return out
+
+    # ---- rows
+    def _fill(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The record for a norm of a dense x; what is not set here is set by the caller."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        size = x.shape[-1]
+        rows = self._rows
+        rows.x, rows.out, rows.weight = x.data_ptr(), out.data_ptr(), weight.data_ptr()
+        rows.rows, rows.size, rows.x_stride, rows.out_stride = x.numel() // size, size, size, size
+        rows.eps, rows.dtype = eps, DTYPES[x.dtype]
+        return out
+
+    def rms_norm(self, x: Tensor, param: Param, eps: float) -> Tensor:
+        weight = param.arrays["weight"]
+        if x.dtype not in DTYPES or weight.dtype != torch.float32:
+            return super().rms_norm(x, param, eps)
+        x = x.contiguous()
+        out = self._fill(x, weight, eps)
+        self._rows.residual = None
+        self._kernels.rms_norm(self._rows_address)
+        return out
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, param: Param, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        weight = param.arrays["weight"]
+        same = x.dtype == residual.dtype and x.shape == residual.shape
+        if x.dtype not in DTYPES or weight.dtype != torch.float32 or not same:
+            return super().add_rms_norm(x, residual, param, eps)
+        x, residual = x.contiguous(), residual.contiguous()
+        out, total = self._fill(x, weight, eps), torch.empty(x.shape, dtype=x.dtype)
+        self._rows.residual, self._rows.total = residual.data_ptr(), total.data_ptr()
+        self._kernels.rms_norm(self._rows_address)
+        return out, total
+
+    def layer_norm(self, x: Tensor, param: Param, eps: float) -> Tensor:
+        weight, bias = param.arrays["weight"], param.arrays.get("bias")
+        wide = all(a is None or a.dtype == torch.float32 for a in (weight, bias))
+        if x.dtype not in DTYPES or not wide:
+            return super().layer_norm(x, param, eps)
+        x = x.contiguous()
+        out = self._fill(x, weight, eps)
+        self._rows.bias = None if bias is None else bias.data_ptr()
+        self._kernels.layer_norm(self._rows_address)
+        return out
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        return self._gate(x, "silu") if x.dtype in DTYPES else super().silu_and_mul(x)
+
+    def gelu_and_mul(self, x: Tensor) -> Tensor:
+        return self._gate(x, "gelu_tanh") if x.dtype in DTYPES else super().gelu_and_mul(x)
+
+    def _gate(self, x: Tensor, kind: str) -> Tensor:
+        x = x.contiguous()
+        size = x.shape[-1] // 2
+        out = torch.empty((*x.shape[:-1], size), dtype=x.dtype)
+        rows = self._rows
+        rows.x, rows.out, rows.dtype = x.data_ptr(), out.data_ptr(), DTYPES[x.dtype]
+        rows.rows, rows.size, rows.x_stride, rows.out_stride = (
+            out.numel() // max(size, 1), size, 2 * size, size,
+        )  # fmt: skip
+        self._kernels.gate(self._rows_address, GATES[kind])
+        return out
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if x.dtype not in DTYPES or cos.dtype != torch.float32 or x.stride(-1) != 1:
+            return super().rope(x, cos, sin)
+        tokens, heads, dim = x.shape
+        if heads > 1 and x.stride(1) != dim:
+            x = x.contiguous()
+        cos, sin = cos.contiguous(), sin.contiguous()
+        out = torch.empty((tokens, heads, dim), dtype=x.dtype)
+        rope = self._rope
+        rope.x, rope.cos, rope.sin = x.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        rope.out, rope.tokens, rope.heads, rope.dim = out.data_ptr(), tokens, heads, dim
+        rope.half, rope.x_stride, rope.dtype = cos.shape[-1], x.stride(0), DTYPES[x.dtype]
+        self._kernels.rope(self._rope_address)
+        return out
