@@ -9,13 +9,17 @@ import pytest
 
 from vllm_core.backend import OpenConfig
 from vllm_core.backend.lies import missing_methods
+from vllm_core.errors import InvalidArgument
 from vllm_core_conformance.case import Case, Evidence, Failed, require
+from vllm_core_conformance.cases import all_cases
+from vllm_core_conformance.outcome import GOOD, execute
 from vllm_core_conformance.score import judge
 from vllm_core_conformance.sources import resolve
 from vllm_core_conformance.steps import Scene, Seen, Shape, play
 from vllm_core_conformance.target import Source, Target
 from vllm_core_conformance.zoo.fault import MODULES, all_faults, select_faults
 from vllm_core_conformance.zoo.honest import HONEST
+from vllm_core_conformance.zoo.honest_limited import LIMITED, ApartRuntime
 from vllm_core_conformance.zoo.matrix import Matrix
 from vllm_core_conformance.zoo.trial import Trial, try_fault
 
@@ -72,9 +76,45 @@ def test_honest_kernels_agree_with_plain_loops(
     assert not seen.out[21:].any()
 
 
-@pytest.mark.parametrize("name", [*OURS, "honest_modest"])
+@pytest.mark.parametrize("name", [*OURS, "honest_modest", *LIMITED])
 def test_honest_runtimes_declare_what_they_have(name: str) -> None:
-    assert missing_methods(HONEST[name](OpenConfig(dtype="float32"))) == []
+    assert missing_methods(HONEST[name](OpenConfig(dtype="auto"))) == []
+
+
+ASKS_FOR_STEPS = (
+    "attention.coded.mixed",
+    "kv.facts",
+    "stepping.step.lives",
+    "programs.replay.data",
+    "programs.traffic",
+    "programs.inputs.of_a_step",
+    "memory.life",
+    "errors.odd_heads",
+    "errors.middle",
+    "contract.two_runtimes",
+    "deterministic.repeat.attention",
+    "serving.oracle.plain",
+)
+
+
+class StrictlyApart(ApartRuntime):
+    """Takes no row of one token beside longer ones, whatever it is."""
+
+    def upload(self, packed: Any, host: Any, key: Any) -> Any:
+        if len(np.unique(np.asarray(host.query_len) > 1)) > 1:
+            raise InvalidArgument(f"rows of {host.query_len} tokens in one step")
+        return super().upload(packed, host, key)
+
+
+@pytest.mark.parametrize("name", [*LIMITED, "strictly_apart"])
+def test_a_backend_is_asked_for_nothing_beyond_its_declared_limits(name: str) -> None:
+    opening = LIMITED.get(name, StrictlyApart)
+    target = Target(Source(name, opening))
+    for case_id in ASKS_FOR_STEPS:
+        if name == "strictly_apart" and case_id.startswith("serving"):
+            continue  # the scheduler puts the last token of a prompt beside other prompts
+        result = execute(all_cases()[case_id], target, seed=1)
+        assert result.status in GOOD, f"{case_id}: {result.sentence}"
 
 
 def test_every_fault_has_a_name_a_sentence_and_known_statuses() -> None:

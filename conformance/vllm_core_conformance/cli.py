@@ -202,7 +202,7 @@ def _list(args: argparse.Namespace) -> int:
 def _add_repro(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("case", metavar="CASE", help="its id, as reports name it")
     _add_backend(parser)
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="default: 0")
     parser.add_argument("--dtype", default="auto", metavar="D", help="default: the backend's own")
     parser.add_argument(
         "--write-script",

@@ -9,6 +9,7 @@ Knows: the seam, packing of steps. Does not know: what is right (oracle), which 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +25,12 @@ from vllm_core.backend import (
     KVGroup,
     StepLayout,
 )
+from vllm_core.backend.lies import ARGUMENTS
 from vllm_core.backend.step import scrap_params
+from vllm_core.errors import NotSupported
 from vllm_core.ops import BucketKey, Changes, DeviceState
 from vllm_core_conformance.case import Failed
-from vllm_core_conformance.target import Target, calling, numpy_dtype, wide
+from vllm_core_conformance.target import Raised, Target, calling, numpy_dtype, takes, wide
 
 Numbers = NDArray[Any]
 
@@ -248,12 +251,13 @@ class Stage:
         """The bucket that an engine would take for this step."""
         shape, groups = self.shape, len(self.groups)
         largest = BucketKey(shape.tokens, shape.rows, (shape.width,) * groups)
+        wanted = largest
         if scene.exact_shapes and not self.target.is_static:
             columns = -(-int(scene.seq_lens.max()) // shape.block_tokens)
-            return BucketKey(scene.num_tokens, len(scene.query), (columns,) * groups)
+            wanted = BucketKey(scene.num_tokens, len(scene.query), (columns,) * groups)
         with calling("buckets"):
             policy = self.target.runtime.buckets(shape.tokens, shape.rows, shape.width)
-        found = policy.cover(largest)
+        found = policy.cover(wanted)
         if found is None:
             raise Failed(f"no bucket covers the largest step that was announced: {largest}")
         return found
@@ -277,6 +281,7 @@ class Stage:
             num_results=3,
             key=key,
         )
+        self._refuse_unknown()
         if self.shape.fused:
             arrays = [target.array(np.concatenate([x.reshape(len(x), -1) for x in (q, k, v)], 1))]
         else:
@@ -290,6 +295,13 @@ class Stage:
         return Seen(
             wide(out), None if lse is None else wide(lse), keys, values, np.asarray(num_tokens)
         )
+
+    def _refuse_unknown(self) -> None:
+        """An argument of `attend` that belongs to a bit which is not declared need not be there."""
+        caps, attend = self.target.caps, self.target.runtime.attention.attend
+        for bit, (_, _, argument) in ARGUMENTS.items():
+            if getattr(self.shape, bit) and not getattr(caps, bit) and not takes(attend, argument):
+                raise Raised("attention", NotSupported(f"attend takes no argument {argument!r}"))
 
     def _padded(self, x: Numbers, scene: Scene, tokens: int) -> Numbers:
         padded = np.full((tokens, *x.shape[1:]), scene.padding)
@@ -310,16 +322,10 @@ class Stage:
             *_, plan = attention.plan(
                 state, view, step, layout.key, device_step.host_part, specs, groups
             )
-            out, lse, kv = attention.attend(
-                kv,
-                shape.layer,
-                q,
-                k,
-                v,
-                plan,
-                sinks=arrays[-1] if shape.sinks else None,
-                return_lse=shape.return_lse,
-            )
+            more: dict[str, Any] = {"sinks": arrays[-1]} if shape.sinks else {}
+            if shape.return_lse:
+                more["return_lse"] = True
+            out, lse, kv = attention.attend(kv, shape.layer, q, k, v, plan, **more)
             return state, kv, out, lse, state.num_tokens + 0
 
         return fn
@@ -364,6 +370,9 @@ class Stage:
         decoy[:, 2] = self.shape.num_blocks - 1 - np.maximum(ours[:, 2], 1) + 1
         return [decoy, ours]
 
+    def _apply_tag(self) -> Hashable:
+        return ("apply", self.shape)
+
     def _apply(self, changes: list[Numbers]) -> None:
         """The program `apply` in calls of APPLY_ROWS, as an engine does."""
         target, runtime, groups = self.target, self.target.runtime, len(self.groups)
@@ -372,7 +381,7 @@ class Stage:
             parts = Changes(tuple(tables[g] for g in range(groups)), history)
             return (runtime.ops.apply(runtime.block_tables, state, parts),)
 
-        run = target.compile(("apply", self.shape), fn, name="apply", consumes=(0,), num_results=0)
+        run = target.compile(self._apply_tag(), fn, name="apply", consumes=(0,), num_results=0)
         for at in range(0, max(len(c) for c in changes), APPLY_ROWS):
             tables = np.zeros((groups, APPLY_ROWS, 3), np.int32)
             tables[:, :, 0] = self.shape.rows_for_life

@@ -8,6 +8,7 @@ Knows: the seam. Does not know: which backend, which case.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,11 @@ class Target:
             f"block_tokens gave {sizes!r}: no cache can be made of that",
         )
         return sizes
+
+    def usual_block(self, spec: AttentionSpec) -> int:
+        """16 tokens where that is offered, else the preferred size."""
+        offered = self.block_tokens(spec)
+        return 16 if 16 in offered else offered[0]
 
     def constraints(self) -> StepConstraints:
         """The declared limits of a step; Failed where no step could keep to them."""
@@ -218,6 +224,12 @@ def _op_of(tag: Hashable) -> str:
     if isinstance(tag, str) and len(words) < 2:
         words.append(tag)
     return " ".join(words) or "untagged"
+
+
+def takes(method: Any, argument: str) -> bool:
+    """Whether it can be called with an argument of this name."""
+    parameters = inspect.signature(method).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

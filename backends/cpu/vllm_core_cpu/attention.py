@@ -41,9 +41,7 @@ class PlanArrays:
 class CpuAttention(AttentionBackend):
     """One runtime's, in float32 or bfloat16."""
 
-    def __init__(
-        self, kernels: native.Native, dtype: str, synchronize: Callable[[], None]
-    ) -> None:
+    def __init__(self, kernels: native.Native, dtype: str, synchronize: Callable[[], None]) -> None:
         """synchronize: waits until what was submitted has run."""
         self._kernels = kernels
         self.dtype = dtype_of(dtype)

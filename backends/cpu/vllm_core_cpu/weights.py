@@ -33,9 +33,9 @@ class Packed:
     addresses: dict[str, int]
 
 
-def pack(kernels: native.Native, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[
-    dict[str, torch.Tensor], Packed
-]:
+def pack(
+    kernels: native.Native, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[dict[str, torch.Tensor], Packed]:
     """weight [n, k] in float32 or bfloat16, bias [n] -> the arrays and the record of a Param."""
     n, k = weight.shape
     dtype = DTYPES[weight.dtype]

@@ -13,6 +13,7 @@ from vllm_core_conformance.case import PROFILES, Case
 
 MODULES = (
     "attention",
+    "hybrid",
     "kv",
     "ops",
     "weights",

@@ -13,6 +13,7 @@ import numpy as np
 
 from vllm_core.backend import AttentionBackend, BlockTables, Communicator, Runtime
 from vllm_core.backend.communicator import AXES, Group
+from vllm_core.backend.lies import ARGUMENTS
 from vllm_core.ops import Ops
 from vllm_core_conformance.case import Evidence, Failed
 from vllm_core_conformance.target import Target, calling
@@ -43,7 +44,9 @@ def signatures(target: Target, rng: np.random.Generator) -> Evidence:
                 signature = inspect.signature(theirs)
             except (TypeError, ValueError):
                 continue  # compiled code does not tell
-            wrong = _difference(list(ours.parameters.values())[1:], signature)
+            optional = _optional(target, name, method)
+            asked = [p for p in list(ours.parameters.values())[1:] if p.name not in optional]
+            wrong = _difference(asked, signature)
             if wrong:
                 raise Failed(
                     f"{name}.{method}{signature} cannot be called as the seam does: {wrong}"
@@ -53,6 +56,15 @@ def signatures(target: Target, rng: np.random.Generator) -> Evidence:
                 evidence.notes.append(f"{name}.{method}: {renamed}")
             evidence.checks += 1
     return evidence
+
+
+def _optional(target: Target, part: str, method: str) -> set[str]:
+    """Arguments that belong to a bit which is not declared."""
+    return {
+        argument
+        for bit, (owner, name, argument) in ARGUMENTS.items()
+        if (owner, name) == (part, method) and not getattr(target.caps, bit)
+    }
 
 
 def _methods(base: type) -> Iterator[tuple[str, inspect.Signature]]:

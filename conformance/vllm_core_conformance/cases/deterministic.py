@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_core.backend import AttentionSpec, KVFormat
 from vllm_core.backend.step import scrap_params
 from vllm_core.errors import NotSupported
 from vllm_core.ops import Column, Features
 from vllm_core_conformance.case import Case, Evidence, Failed
+from vllm_core_conformance.cases.attention_shapes import batches
 from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.steps import Scene, Seen, Shape, Stage
 from vllm_core_conformance.target import Raised, Target, wide
@@ -30,18 +32,8 @@ Body = Callable[[Target, np.random.Generator], Evidence]
 Results = tuple[Numbers, ...]
 
 TIMES = 5
-SHAPE = Shape(
-    num_q_heads=6,
-    num_kv_heads=2,
-    dim=64,
-    block_tokens=16,
-    num_blocks=40,
-    tokens=48,
-    rows=4,
-    width=8,
-    scale=0.11,
-    return_lse=True,
-)
+LONGEST = 128
+"""Tokens of a sequence."""
 
 
 # ---- the same bits again
@@ -72,7 +64,7 @@ def repeat_attention(target: Target, rng: np.random.Generator) -> Evidence:
     scene = _scene(target, rng)
 
     def make(own: Target) -> Callable[[], Results]:
-        stage = Stage(own, SHAPE)
+        stage = Stage(own, scene.shape)
 
         def compute() -> Results:
             stage.write_cache(scene)
@@ -253,27 +245,49 @@ def experts_alone(target: Target, rng: np.random.Generator) -> Evidence:
     return evidence
 
 
+def _shape(target: Target) -> Shape:
+    spec = AttentionSpec(6, 2, 64, 64, 0.11, KVFormat(target.dtype), group=0)
+    size = target.usual_block(spec)
+    width = -(-LONGEST // size)
+    return Shape(
+        num_q_heads=6,
+        num_kv_heads=2,
+        dim=64,
+        block_tokens=size,
+        num_blocks=3 * width + 16,
+        tokens=min(48, target.constraints().max_tokens or 48),
+        rows=4,
+        width=width,
+        scale=0.11,
+        return_lse=True,
+    )
+
+
 def _scene(target: Target, rng: np.random.Generator) -> Scene:
-    """Three rows: one token, one token, and 30 behind a prefix."""
-    query = np.array([1, 1, 30])
-    cached = np.array([int(rng.integers(1, 120)), int(rng.integers(1, 40)), 64])
-    heads = (SHAPE.num_blocks, SHAPE.layers, SHAPE.block_tokens, SHAPE.num_kv_heads, SHAPE.dim)
+    """Three rows: one token, one token, and 30 behind a prefix; fewer where a step may not hold
+    them."""
+    shape = _shape(target)
+    rows = [(int(rng.integers(1, 120)), 1), (int(rng.integers(1, 40)), 1), (64, 30)]
+    rows = batches(target, rows)[-1]
+    cached, query = (np.array(x) for x in zip(*rows, strict=True))
+    n, total = len(rows), int(query.sum())
+    heads = (shape.num_blocks, shape.layers, shape.block_tokens, shape.num_kv_heads, shape.dim)
 
     def normal(*size: int) -> Numbers:
         return target.round(rng.normal(size=size))
 
-    tables = rng.permutation(np.arange(1, SHAPE.num_blocks))[: 3 * SHAPE.width]
+    tables = rng.permutation(np.arange(1, shape.num_blocks))[: n * shape.width]
     return Scene(
-        SHAPE,
-        state_rows=rng.permutation(SHAPE.rows_for_life)[:3],
+        shape,
+        state_rows=rng.permutation(shape.rows_for_life)[:n],
         cached=cached,
         query=query,
-        tables=tables.reshape(3, SHAPE.width).astype(np.int32),
+        tables=tables.reshape(n, shape.width).astype(np.int32),
         keys=normal(*heads),
         values=normal(*heads),
-        q=normal(32, SHAPE.num_q_heads, SHAPE.dim),
-        k=normal(32, SHAPE.num_kv_heads, SHAPE.dim),
-        v=normal(32, SHAPE.num_kv_heads, SHAPE.dim),
+        q=normal(total, shape.num_q_heads, shape.dim),
+        k=normal(total, shape.num_kv_heads, shape.dim),
+        v=normal(total, shape.num_kv_heads, shape.dim),
     )
 
 
@@ -301,14 +315,15 @@ def _part(scene: Scene, row: int, begin: int, end: int) -> Scene:
 def attention_in_any_batch(target: Target, rng: np.random.Generator) -> Evidence:
     """Rows of a step alone, a prefill in three chunks, and padded or not: the same bits."""
     scene, evidence = _scene(target, rng), Evidence()
-    stage = Stage(target, SHAPE)
+    stage = Stage(target, scene.shape)
     stage.write_cache(scene)
     whole = stage.play(scene)
     all_lse = _lse(whole)
-    cuts = [0, *sorted(rng.permutation(np.arange(1, 30))[:2].tolist()), 30]
-    chunks = list(pairwise(cuts))
-    plays = [("alone", 0, 0, 1), ("alone", 1, 0, 1), ("alone", 2, 0, 30)]
-    plays += [(f"tokens {a}..{b - 1} as a chunk", 2, a, b) for a, b in chunks]
+    plays = [("alone", row, 0, int(count)) for row, count in enumerate(scene.query)]
+    last, length = len(plays) - 1, int(scene.query[-1])
+    if target.constraints().chunk_multiple == 1:
+        cuts = [0, *sorted(rng.permutation(np.arange(1, length))[:2].tolist()), length]
+        plays += [(f"tokens {a}..{b - 1} as a chunk", last, a, b) for a, b in pairwise(cuts)]
     for exact in (False, True):
         stage.write_cache(scene)
         for text, row, begin, end in plays:

@@ -21,6 +21,7 @@ from vllm_core.errors import InvalidArgument, NotSupported, VllmCoreError
 from vllm_core.ops import ParamSpec, Part
 from vllm_core_conformance import score
 from vllm_core_conformance.case import Case, Evidence, Failed, require
+from vllm_core_conformance.cases.attention_shapes import batches
 from vllm_core_conformance.cases.contract_works import (
     exercise,
     require_equal_caps,
@@ -75,21 +76,23 @@ def _first(error: BaseException) -> str:
 
 
 def _scene(target: Target, shape: Shape, rng: np.random.Generator) -> Scene:
-    """Two rows, one decoding and one with a cached prefix."""
-    cached, query = np.array([17, 5]), np.array([1, 6])
+    """Two rows, one decoding and one with a cached prefix; one of them where a step may not hold
+    both."""
+    rows = batches(target, [(17, 1), (5, 6)])[-1]
+    cached, query = (np.array(x) for x in zip(*rows, strict=True))
     total, dim_v = int(query.sum()), shape.dim_v or shape.dim
     heads = (shape.num_blocks, shape.layers, shape.block_tokens, shape.num_kv_heads)
 
     def normal(*size: int) -> Numbers:
         return target.round(rng.normal(size=size))
 
-    blocks = rng.permutation(np.arange(1, shape.num_blocks))[: 2 * shape.width]
+    blocks = rng.permutation(np.arange(1, shape.num_blocks))[: len(rows) * shape.width]
     return Scene(
         shape,
-        state_rows=np.array([1, 0]),
+        state_rows=np.array([1, 0])[: len(rows)],
         cached=cached,
         query=query,
-        tables=blocks.reshape(2, shape.width).astype(np.int32),
+        tables=blocks.reshape(len(rows), shape.width).astype(np.int32),
         keys=normal(*heads, shape.dim),
         values=normal(*heads, dim_v),
         q=normal(total, shape.num_q_heads, shape.dim),
@@ -101,16 +104,17 @@ def _scene(target: Target, shape: Shape, rng: np.random.Generator) -> Scene:
 
 def _shape(target: Target, dim: int, **more: Any) -> Shape:
     spec = AttentionSpec(4, 2, dim, dim, 0.3, KVFormat(target.dtype), group=0)
-    offered = target.block_tokens(spec)
+    size = target.usual_block(spec)
+    width = -(-18 // size)  # of the longest row of `_scene`
     return Shape(
         num_q_heads=4,
         num_kv_heads=2,
         dim=dim,
-        block_tokens=16 if 16 in offered else min(x for x in offered if x >= min(16, max(offered))),
-        num_blocks=8,
-        tokens=8,
+        block_tokens=size,
+        num_blocks=2 * width + 4,
+        tokens=min(8, target.constraints().max_tokens or 8),
         rows=2,
-        width=2,
+        width=width,
         scale=0.3,
         **more,
     )

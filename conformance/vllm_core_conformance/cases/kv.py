@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from vllm_core.backend import HostStep, KVGroup
 from vllm_core.ops import BucketKey
-from vllm_core_conformance.case import Case, Evidence, require
+from vllm_core_conformance.case import Case, Evidence, Failed, require
 from vllm_core_conformance.cases import kv_steps, kv_traffic
-from vllm_core_conformance.cases.attention_shapes import shape_of
+from vllm_core_conformance.cases.attention_shapes import batches, shape_of
 from vllm_core_conformance.cases.kv_cache import Cache
 from vllm_core_conformance.inputs import random
 from vllm_core_conformance.steps import Shape
@@ -68,7 +68,8 @@ def _import_few(target: Target, seed: int) -> Evidence:
 
 
 def _copy(target: Target, seed: int) -> Evidence:
-    """Ten pairs, one source twice among them; then one pair. Lists are padded, as a step's are."""
+    """Ten pairs, one source twice among them; then one pair, in lists padded as a step's are; then
+    seven pairs in lists of just that length."""
     rng, evidence = random(seed, "kv.copy"), Evidence()
     for _, cache in _caches(target, 41):
         ids = [int(i) for i in rng.permutation(np.arange(1, cache.num_blocks))]
@@ -81,7 +82,8 @@ def _copy(target: Target, seed: int) -> Evidence:
             src, dst = part[: len(part) // 2], part[len(part) // 2 :]
             pairs = list(zip([*src[:9], src[0]], dst))  # one source twice
             pairs += [(0, 0)] * (16 - len(pairs))
-            for some in (pairs, [*pairs[1:2]] + [(0, 0)] * 15):
+            exact = list(zip(src[:7], reversed(dst[:7])))
+            for some in (pairs, [*pairs[1:2]] + [(0, 0)] * 15, exact):
                 cache.copy(index, [a for a, _ in some], [b for _, b in some])
                 real = [f"{a} to {b}" for a, b in some if b]
                 evidence += cache.require_all(f"copy of blocks {', '.join(real)}")
@@ -187,9 +189,16 @@ def _fingerprints(target: Target, group: KVGroup) -> Evidence:
 
 def _host_plans(target: Target, shape: Shape) -> Evidence:
     """Shapes fixed by the key, where a device compiles for shapes."""
-    key = BucketKey(shape.tokens, shape.rows, (shape.width,))
+    with calling("buckets"):
+        policy = target.runtime.buckets(shape.tokens, shape.rows, shape.width)
+    key = policy.cover(BucketKey(shape.tokens, shape.rows, (shape.width,)))
+    if key is None:
+        raise Failed("no bucket covers the largest step that was announced")
+    steps = (
+        step for rows in ([1], [1, 1, 7], [3]) for step in batches(target, [(5, n) for n in rows])
+    )
     seen = []
-    for query in ([1], [1, 1, 7], [3]):
+    for query in ([count for _, count in step] for step in steps):
         lengths = np.array(query, np.int32)
         singles = int((lengths == 1).sum())
         host = HostStep(lengths, lengths + 5, (singles, singles, len(query)))

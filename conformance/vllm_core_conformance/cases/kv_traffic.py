@@ -25,6 +25,8 @@ SHAPES = ("mixed", "largest_block", "smallest_block")
 EVENTS = ("import", "copy", "step", "copy", "export", "import", "step")
 COPIES = 24
 """Places of a copy; those that are left are padding."""
+FULL = 7
+"""Places of every other copy, none of which is padding."""
 
 
 class Traffic:
@@ -36,6 +38,7 @@ class Traffic:
         self.stage = Stage(target, self.shape)
         self.cache = Cache(target, self.stage.groups, self.shape.num_blocks)
         self.evidence = Evidence()
+        self.num_copies = 0
         for index in range(len(self.stage.groups)):
             self._put(index, [int(i) for i in np.arange(1, self.shape.num_blocks)])
 
@@ -64,12 +67,14 @@ class Traffic:
 
     def _copy(self, index: int, ids: list[int]) -> None:
         """No block is source and destination; a source may have several destinations."""
-        dst = ids[: min(COPIES - 1, 2 * len(ids) // 3)]
+        self.num_copies += 1
+        places = COPIES if self.num_copies % 2 else FULL
+        dst = ids[: min(places - (places == COPIES), 2 * len(ids) // 3)]
         sources = ids[len(dst) :]
         if not dst or not sources:
             return
         src = [int(i) for i in self.rng.choice(sources, len(dst))]
-        padding = [0] * (COPIES - len(dst))
+        padding = [0] * (places - len(dst))
         self.cache.copy(index, src + padding, dst + padding)
 
     def _step(self, index: int) -> None:

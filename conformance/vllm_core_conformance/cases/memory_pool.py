@@ -116,8 +116,7 @@ class Pool:
 
 def group_of(target: Target, heads: int, dim: int, layers: int) -> KVGroup:
     spec = AttentionSpec(heads, heads, dim, dim, 0.1, KVFormat(target.dtype), group=0)
-    offered = target.block_tokens(spec)
-    return KVGroup(0, "full", 16 if 16 in offered else offered[0], layers, spec, 0)
+    return KVGroup(0, "full", target.usual_block(spec), layers, spec, 0)
 
 
 def content_bytes(group: KVGroup, dtype: str) -> int:

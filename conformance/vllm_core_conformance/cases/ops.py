@@ -15,6 +15,7 @@ from vllm_core_conformance.cases import (
     ops_norms,
     ops_rope,
     ops_rows,
+    ops_sizes,
     ops_vocabulary,
 )
 
@@ -28,4 +29,5 @@ CASES: tuple[Case, ...] = (
     *ops_vocabulary.CASES,
     *ops_layers.CASES,
     *ops_block.CASES,
+    *ops_sizes.CASES,
 )

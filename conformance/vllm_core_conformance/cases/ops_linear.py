@@ -86,6 +86,35 @@ def logits_shapes(target: Target, seed: int) -> Evidence:
     return _products("ops.logits.shapes", "logits", "linear", HEAD_SIZES, target, seed)
 
 
+GATED_SIZES = ((1, 40, 64, False), (7, 37, 21, True), (33, 300, 128, True), (130, 65, 5, False))
+"""(tokens, inputs, outputs, bias)"""
+
+
+def gated_shapes(target: Target, seed: int) -> Evidence:
+    """Some gates are far out on both sides."""
+    rng, bench = rng_of("ops.gated_linear.shapes", seed), Bench(target)
+    for tokens, width, out, has_bias in GATED_SIZES:
+        for kind in ("silu", "gelu_tanh"):
+            size = rng.permutation(np.resize([0.3, 2.0, 20.0], tokens))[:, None]
+            x = bench.round(rng.normal(size=(tokens, width)) * size)
+            tensors = {"weight": bench.round(weight(rng, 2 * out, width))}
+            if has_bias:
+                tensors["bias"] = bench.round(rng.normal(size=2 * out))
+            args = [Activation(x), Weights("linear", tensors)]
+            (found,) = bench.op("gated_linear", args, kind)
+            pair = (tensors["weight"], tensors.get("bias"))
+            bench.judge(
+                "gated_linear",
+                found,
+                oracle.gated_linear(x, *pair, kind),
+                oracle.noise_gated_linear(x, *pair, kind, ratio=bench.ratio),
+                where=f"{tokens} x {width} -> {out}, {kind}",
+                axes=("token", "output"),
+                by_class=True,
+            )
+    return bench.done()
+
+
 def linear_slices(target: Target, seed: int) -> Evidence:
     """Columns of one product, and heads of it, are multiplied again without being copied first."""
     rng, bench = rng_of("ops.linear.slices", seed), Bench(target)
@@ -195,6 +224,13 @@ CASES: tuple[Case, ...] = (
         "ops.linear.wide",
         "sums over 768, 2048 and 5000 inputs without losing float32 accumulation or a tile's tail",
         linear_wide,
+        _CORE,
+        every_dtype=True,
+    ),
+    Case(
+        "ops.gated_linear.shapes",
+        "multiplies, and gates the first half of the columns with the second",
+        gated_shapes,
         _CORE,
         every_dtype=True,
     ),

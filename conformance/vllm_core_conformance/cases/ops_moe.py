@@ -5,7 +5,7 @@ Knows: ties, padding, lonely and crowded experts. Does not know: any backend.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,11 +88,13 @@ class Crowd:
 
 SPREAD = (
     Crowd(1, 3, 1, 1, 1),
+    Crowd(1, 24, 17, 5, 2),
     Crowd(9, 24, 17, 5, 2),
     Crowd(33, 64, 48, 12, 4),
     Crowd(130, 16, 9, 3, 2),
 )
 CROWDED = Crowd(130, 40, 33, 12, 3)
+ALONE = replace(CROWDED, tokens=1)
 
 
 def _experts(
@@ -156,6 +158,7 @@ def crowded(target: Target, seed: int) -> Evidence:
         if turn:
             ids = rng.permuted(ids, axis=1)
         _experts(bench, rng, CROWDED, ids, 2, f"all {CROWDED.tokens} tokens to expert {popular}")
+        _experts(bench, rng, ALONE, ids[:1].copy(), 0, "one token alone")
     return bench.done()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_core.backend import StepLayout
+from vllm_core.backend import AttentionSpec, KVFormat, StepLayout
 from vllm_core_conformance.case import Case, Evidence, require
 from vllm_core_conformance.steps import Scene, Shape, Stage
 from vllm_core_conformance.target import Target, calling, numpy_dtype
@@ -161,16 +161,18 @@ class _Timed(Stage):
 
 def _attention(target: Target, rng: np.random.Generator, length: int, rows: int) -> _Timed:
     """A stage for `rows` sequences of up to `length` tokens, its cache filled."""
-    size = 16
+    spec = AttentionSpec(8, 4, 128, 128, 0.09, KVFormat(target.dtype), group=0)
+    size = target.usual_block(spec)
+    width = -(-length // size)
     shape = Shape(
         num_q_heads=8,
         num_kv_heads=4,
         dim=128,
         block_tokens=size,
-        num_blocks=1 + rows * (length // size),
+        num_blocks=1 + rows * width,
         tokens=rows if rows > 1 else length,
         rows=rows,
-        width=length // size,
+        width=width,
         scale=0.09,
         layers=1,
         layer=0,
@@ -205,10 +207,11 @@ def _scene(
 
 def decode(target: Target, rng: np.random.Generator) -> Evidence:
     """8 rows of 1024 tokens: bytes of K and V over the time."""
-    stage = _attention(target, rng, 1024, 8)
+    rows = min(8, target.constraints().max_tokens or 8)
+    stage = _attention(target, rng, 1024, rows)
     scene = _scene(target, stage, rng, 1023, 1)
     stage.write_cache(scene)
-    elements = 2 * 8 * 1024 * stage.shape.num_kv_heads * stage.shape.dim
+    elements = 2 * rows * 1024 * stage.shape.num_kv_heads * stage.shape.dim
     rate = elements * numpy_dtype(target.dtype).itemsize / stage.seconds(scene)
     return _figures(
         {
@@ -220,9 +223,10 @@ def decode(target: Target, rng: np.random.Generator) -> Evidence:
 
 def prefill(target: Target, rng: np.random.Generator) -> Evidence:
     """One prompt of 512 tokens: operations of q K and p V where they are visible."""
-    stage = _attention(target, rng, 512, 1)
-    scene = _scene(target, stage, rng, 0, 512)
-    operations = 4 * stage.shape.num_q_heads * stage.shape.dim * 512 * 513 / 2
+    length = min(512, target.constraints().max_tokens or 512)
+    stage = _attention(target, rng, length, 1)
+    scene = _scene(target, stage, rng, 0, length)
+    operations = 4 * stage.shape.num_q_heads * stage.shape.dim * length * (length + 1) / 2
     rate = operations / stage.seconds(scene)
     return _figures(
         {

@@ -279,7 +279,8 @@ def upload_copies(target: Target, rng: np.random.Generator) -> Evidence:
     shared = np.array(layout.template())
     waiting = []
     for session in sessions:
-        session.admit(int(rng.integers(LIVE_ROWS)), int(rng.integers(2, SMALL)))
+        most = min(SMALL, target.constraints().max_tokens or SMALL)
+        session.admit(int(rng.integers(LIVE_ROWS)), int(rng.integers(min(2, most - 1), most)))
         work = [(row, len(s.tokens)) for row, s in session.sequences.items()]
         buffer, host, ordered = session.pack(work, layout)
         shared[:] = buffer
@@ -302,16 +303,17 @@ def inputs_of_a_step(target: Target, rng: np.random.Generator) -> Evidence:
     seed = int(rng.integers(2**31))
     twins = [Session(target, np.random.default_rng(seed)) for _ in range(2)]
     layout = Echo.of(target).layout(SMALL)
-    for work in ([(2, 5), (0, 3)], [(0, 1), (2, 1)], [(2, 1)]):
-        packed = []
-        for twin in twins:
-            for row, count in work:
-                if row not in twin.sequences:
-                    twin.admit(row, count)
-            packed.append(twin.pack(work, layout))
+    for twin in twins:
+        twin.admit(2, 5)
+        twin.admit(0, 3)
+    wishes = ([(2, 5), (0, 3)], [(0, 1), (2, 1)], [(2, 1)])
+    for work in (part for wish in wishes for part in twins[0].parts(wish)):
+        packed = [twin.pack(work, layout) for twin in twins]
         buffer, host, _ = packed[0]
+        other = np.array(buffer)
+        layout.views(other)["token_ids"][:] = 0
         device_step = twins[0].upload(buffer, host, layout)
-        twins[1].upload(np.array(layout.template()), host, layout)  # another must not replace it
+        twins[1].upload(other, host, layout)  # another must not replace it
         for which, twin in enumerate(twins):
             pending = twin.run(packed[which][2], device_step, weights, layout)
             evidence += twin.check(pending, when=f" of twin {which}, from the same uploaded step")

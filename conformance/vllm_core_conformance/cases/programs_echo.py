@@ -100,7 +100,6 @@ class Echo:
         self.groups = (KVGroup(0, "full", self.block_tokens, LAYERS, self.spec, 0),)
         self.num_blocks = (LIVE_ROWS + 2) * self.width + 1
         with calling("buckets"):
-            self.most_tokens = target.constraints().max_tokens or LARGE
             self.policy = self.runtime.buckets(LARGE, ROWS, self.width)
 
     @staticmethod
@@ -111,7 +110,8 @@ class Echo:
         return found
 
     def layout(self, tokens: int, rows: int = ROWS) -> StepLayout:
-        wanted = BucketKey(tokens, rows, (self.width,), FEATURES)
+        most = self.target.constraints().max_tokens or tokens
+        wanted = BucketKey(min(tokens, most), rows, (self.width,), FEATURES)
         key = self.policy.cover(wanted)
         if key is None:
             raise Failed(f"no bucket covers {wanted}, which is within what was announced")

@@ -134,9 +134,9 @@ class Session:
         v["query_start"][len(work) + 1 :] = at
         single = sum(count == 1 for _, count in work)
         v["split"][:] = split = (single, single, len(work))
-        host = HostStep(
-            np.array([count for _, count in work], np.int32),
-            np.array([self.sequences[row].computed for row, _ in work], np.int32),
+        host = HostStep(  # in 64 bits, as the engine has them
+            np.array([count for _, count in work], np.int64),
+            np.array([self.sequences[row].computed for row, _ in work], np.int64),
             split,
         )
         return buffer, host, work
@@ -188,12 +188,13 @@ class Session:
         chunks = [chunk for item in work for chunk in self._chunks(*item, limits)]
         while chunks:
             part: Work = []
+            left: Work = []
             for row, count in chunks:
-                if all(row != other for other, _ in part) and self._fits(part, row, count, limits):
-                    part.append((row, count))
-            for chunk in part:
-                chunks.remove(chunk)
+                is_next = all(row != other for other, _ in (*part, *left))
+                is_next &= not part or self._fits(part, row, count, limits)
+                (part if is_next else left).append((row, count))
             parts.append(part)
+            chunks = left
         return parts
 
     def _chunks(self, row: int, count: int, limits: StepConstraints) -> Work:

@@ -95,7 +95,7 @@ class Traffic:
         for index in (which, 1 - which):
             session = self.sessions[index]
             layout = session.echo.layout(SMALL)
-            buffer, host, work = session.pack(self._decoding(index), layout)
+            buffer, host, work = session.pack(session.parts(self._decoding(index))[0], layout)
             packed.append((index, work, session.upload(buffer, host, layout), layout))
         for index, work, device_step, layout in packed[::-1]:
             session = self.sessions[index]

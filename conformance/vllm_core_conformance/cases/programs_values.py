@@ -67,17 +67,7 @@ def chain(target: Target, rng: np.random.Generator) -> Evidence:
         target.compile(("chain", i), fn, consumes=(0,), num_results=1 if i else None)
         for i, fn in enumerate(programs)
     ]
-    host = Pair(rng.integers(0, PRIME, 64), (rng.integers(0, PRIME, 3),))
-    y, last = rng.integers(0, PRIME, 64), rng.integers(0, PRIME, 8)
-
-    def device(x: Numbers) -> Any:
-        return target.array(x.astype(np.int32))
-
-    x, y_device, last_device = (
-        Pair(device(host.left), (device(host.right[0]),)),
-        device(y),
-        device(last),
-    )
+    x, y_device, last_device, (host, y, last) = _chain_of(target, rng)
     results, expected, which = [], [], rng.integers(0, 2, CALLS)
     for i in which:
         with calling("a small program"):
@@ -280,7 +270,8 @@ def inputs_of_attention(target: Target, rng: np.random.Generator) -> Evidence:
         session = Session(target, np.random.default_rng(seed))
         session.admit(0, 1)
         session.admit(LIVE_ROWS - 1, SMALL - 1)
-        buffer, packed, _ = session.pack([(0, 1), (LIVE_ROWS - 1, SMALL - 1)], layout)
+        work = session.parts([(0, 1), (LIVE_ROWS - 1, SMALL - 1)])[-1]
+        buffer, packed, _ = session.pack(work, layout)
         device_step = session.upload(buffer, packed, layout)
         with calling("a program of one attention"):
             session.state, session.kv, out = run(session.state, session.kv, device_step, *arrays)
@@ -345,11 +336,70 @@ def error_of(target: Target) -> BaseException | None:
     return None
 
 
+def fetched_is_ours(target: Target, rng: np.random.Generator) -> Evidence:
+    """What was fetched and waited for is the host's: later programs that consume the value do not
+    change it."""
+    run = target.compile(("chain", 0), _triple, consumes=(0,))
+    x, y, last, (host, y_host, last_host) = _chain_of(target, rng)
+    held, evidence = [], Evidence()
+    for call in range(4):
+        found = [target.fetch(x), *target.fetch((y, last))]
+        held.append((call, found, (host, y_host, last_host)))
+        with calling("a small program"):
+            x, last = run(x, y, last)
+        host, last_host = _triple(host, y_host, last_host)
+    for call, (tree, argument, result), (want, *others) in held:
+        when = f"fetched and waited for before call {call}, looked at after four calls"
+        for what, got, exact in (
+            ("a value that was consumed later", tree.left, want.left),
+            ("an inner array that was consumed later", tree.right[0], want.right[0]),
+            ("an argument", argument, others[0]),
+            ("the result of the call before", result, others[1]),
+        ):
+            evidence += require_equal(np.asarray(got), exact, f"{what}, {when}", axes=("place",))
+    return evidence
+
+
+def fetched_is_writable(target: Target, rng: np.random.Generator) -> Evidence:
+    """What the host writes into what it fetched does not reach the device."""
+    run = target.compile(("chain", 0), _triple, consumes=(0,))
+    x, y, last, (host, y_host, last_host) = _chain_of(target, rng)
+    evidence = Evidence()
+    for _ in range(2):
+        with calling("a small program"):
+            x, last = run(x, y, last)
+        host, last_host = _triple(host, y_host, last_host)
+        for value, want in ((x.left, host.left), (y, y_host), (last, last_host)):
+            (found,) = target.fetch((value,))
+            if isinstance(found, np.ndarray) and found.flags.writeable:
+                found[...] = -1
+            (again,) = target.fetch((value,))
+            what = "a value fetched again after the host wrote into what the first fetch gave"
+            evidence += require_equal(np.asarray(again), want, what, axes=("place",))
+    return evidence
+
+
+def _chain_of(target: Target, rng: np.random.Generator) -> tuple[Any, ...]:
+    """The arguments of `_triple` on the device, and all three on the host."""
+    host = Pair(rng.integers(0, PRIME, 64), (rng.integers(0, PRIME, 3),))
+    y, last = rng.integers(0, PRIME, 64), rng.integers(0, PRIME, 8)
+
+    def device(x: Numbers) -> Any:
+        return target.array(x.astype(np.int32))
+
+    x = Pair(device(host.left), (device(host.right[0]),))
+    return x, device(y), device(last), (host, y, last)
+
+
 ENTRIES: tuple[tuple[Any, ...], ...] = (
     ("order.chain", "programs that do not commute take effect in the order of their calls",
      chain, "smoke"),
     ("results.structure", "fetch gives the same tree: named tuples, None, dtypes, empty arrays",
      structure),
+    ("results.fetched", "what was fetched is the host's own, whatever becomes of the value",
+     fetched_is_ours),
+    ("results.written", "what the host writes into a fetched array stays on the host",
+     fetched_is_writable),
     ("inputs.of_ops", "no op changes its inputs", inputs_of_ops),
     ("inputs.of_attention", "attention changes neither q nor k nor v", inputs_of_attention),
     ("failure.recovers", "the error of a program reaches the caller, and the runtime goes on",

@@ -63,7 +63,9 @@ class Sampler:
             params[:, Column.SEQUENCE_INDEX] = indices
         if positions is not None:
             place = positions.astype(np.int32)
-        logits = self.target.array(np.repeat(LOGITS[None], BATCH, 0), "float32")
+        most = self.target.caps.max_logit_rows or BATCH
+        batch = min(BATCH, 1 << most.bit_length() - 1)
+        logits = self.target.array(np.repeat(LOGITS[None], batch, 0), "float32")
         rest = self.target.array(history), self.target.array(bias, "float32")
 
         def fn(*arrays: Any) -> tuple[Any, ...]:
@@ -71,8 +73,8 @@ class Sampler:
             return found
 
         found = []
-        for at in range(0, count, BATCH):
-            part = slice(at, at + BATCH)
+        for at in range(0, count, batch):
+            part = slice(at, at + batch)
             some = self.target.array(params[part]), self.target.array(place[part])
             tokens, fault = self.target.call(("sample", features), fn, logits, *some, *rest)
             require(not np.asarray(fault).any(), "sample: sound rows are flagged as faults")

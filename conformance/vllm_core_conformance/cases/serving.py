@@ -309,7 +309,9 @@ def _abort(target: Target, seed: int) -> Evidence:
     rng = seeded("abort", seed)
     served = serve(target, PLAIN, seed)
     b = served.block_tokens
-    doomed = [greedy(served, prompt(rng, n), f"gone{n}", max_tokens=20) for n in (3, 3 * b)]
+    doomed = [
+        greedy(served, prompt(rng, n), f"gone{i}", max_tokens=20) for i, n in enumerate((3, 3 * b))
+    ]
     kept = [
         greedy(served, prompt(rng, n), f"kept{i}", max_tokens=12)
         for i, n in enumerate((5, b, 2 * b + 1))

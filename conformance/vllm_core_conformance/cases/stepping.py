@@ -87,9 +87,9 @@ def long_rows(target: Target, seed: int) -> Evidence:
 
 
 def padding(target: Target, seed: int) -> Evidence:
-    """Steps of padding only, between steps that fill the bucket, change nothing."""
+    """Steps of one row, nearly all padding, between steps that fill the bucket."""
     play = Play(target, TRAFFIC, rng_of("stepping.step.padding", seed))
-    for rows in (TRAFFIC.rows, 0, TRAFFIC.rows, 0, 1):
+    for rows in (TRAFFIC.rows, 1, TRAFFIC.rows, 1, 1):
         play.step(rows=rows)
     return play.evidence
 

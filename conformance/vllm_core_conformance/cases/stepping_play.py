@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_core.backend import DeviceStep, HostStep, StepLayout
 from vllm_core.backend.step import scrap_params
-from vllm_core.errors import NotSupported
 from vllm_core.ops import NUM_COLUMNS, BucketKey, Changes, Column, DeviceState
-from vllm_core_conformance.case import Evidence, require
+from vllm_core_conformance.case import Evidence, Failed, require
 from vllm_core_conformance.oracle import stepping as oracle
 from vllm_core_conformance.score import require_equal
 from vllm_core_conformance.target import Target, calling
@@ -31,6 +30,9 @@ FLOATS = (
     Column.FREQUENCY,
     Column.REPETITION,
 )
+
+Plan: TypeAlias = tuple[int, bool, int, int]
+"""Row, whether it is new, its length before the step, its tokens in the step."""
 
 PAST = 3
 """Columns past a table that are looked up."""
@@ -68,12 +70,14 @@ class Play:
     def __init__(self, target: Target, world: World, rng: np.random.Generator) -> None:
         self.target, self.world, self.rng = target, world, rng
         self.groups = len(world.block_tokens)
-        key = BucketKey(world.tokens, world.rows, (world.width,) * self.groups)
+        self.limits = target.constraints()
+        most = min(world.tokens, self.limits.max_tokens or world.tokens)
+        key = BucketKey(most, world.rows, (world.width,) * self.groups)
         with calling("buckets"):
             policy = target.runtime.buckets(world.tokens, world.rows, world.width)
         found = policy.cover(key)
         if found is None:
-            raise NotSupported(f"no bucket covers {key}, the largest step that was announced")
+            raise Failed(f"no bucket covers {key}, the largest step that was announced")
         self.layout = StepLayout(
             found, world.num_rows, world.num_slots, world.num_bias, world.block_tokens
         )
@@ -121,19 +125,22 @@ class Play:
         rng, world = self.rng, self.world
         buffer = np.array(self.layout.template())
         v = self.layout.views(buffer)
-        count = int(rng.integers(0, world.rows + 1)) if rows is None else rows
+        count = int(rng.integers(1, world.rows + 1)) if rows is None else rows
+        most = self.limits.max_tokens or self.layout.key.tokens
+        count = min(count, most)
         chosen = rng.permutation(world.num_rows)[:count].tolist()
-        room = self.layout.key.tokens - count
-        plans = []
+        room = min(self.layout.key.tokens, most) - count
+        plans: list[Plan] = []
         for row in chosen:
             fresh = self._is_fresh(row)
             hit = self._hit(row) if fresh else int(self.twin.num_tokens[row])
             length = 1
-            if room and (fresh or rng.random() < 0.4):
+            if room and (fresh or (rng.random() < 0.4 and self.limits.chunk_multiple == 1)):
                 length += int(rng.integers(0, min(room, world.length - hit - 1, 12) + 1))
             room -= length - 1
             plans.append((row, fresh, hit, length))
         plans.sort(key=lambda plan: plan[3] > 1)  # rows with one token stand first
+        plans = self._allowed(plans)
         cells: list[list[list[int]]] = [[] for _ in world.block_tokens]
         told: list[list[int]] = []
         resets: list[list[int]] = []
@@ -145,7 +152,7 @@ class Play:
                 self._grow(row, group, -(-(hit + length) // size), fresh, cells[group])
             ids = rng.integers(0, world.vocab, length)
             if rng.random() < 0.1:
-                ids[-1] = rng.choice([world.vocab, 2**31 - 1, -7])  # clipped
+                ids[-1] = rng.choice([world.vocab, 2**31 - 1])  # clipped; below -1 is reserved
             if not fresh:
                 ids[0] = -1
             v["row"][s], v["query_start"][s + 1 :] = row, at + length
@@ -165,6 +172,18 @@ class Play:
         totals = [hit + length for _, _, hit, length in plans]
         host = HostStep(np.array(lengths, np.int32), np.array(totals, np.int32), split)
         self.run(buffer, host, drawn)
+
+    def _allowed(self, plans: list[Plan]) -> list[Plan]:
+        """What the declared limits leave of (row, fresh, hit, length), rows of one token first."""
+        limits = self.limits
+        if not limits.mixed_ok and plans:
+            kinds = [(length > 1, fresh) for _, fresh, _, length in plans]
+            kind = kinds[int(self.rng.integers(len(kinds)))]
+            plans = [plan for plan, own in zip(plans, kinds, strict=True) if own == kind]
+        if limits.max_prefills is None:
+            return plans
+        singles = sum(plan[3] == 1 for plan in plans)
+        return plans[: singles + limits.max_prefills]
 
     def _is_fresh(self, row: int) -> bool:
         full = self.twin.num_tokens[row] >= self.world.length - 1

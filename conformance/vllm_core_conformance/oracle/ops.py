@@ -205,6 +205,21 @@ def noise_gated(x: Numbers, kind: str, *, ratio: float) -> Numbers:
     return noise_activation(gate, kind, ratio=ratio) * up + lost
 
 
+def gated_linear(x: Numbers, weight: Numbers, bias: Numbers | None, kind: str) -> Numbers:
+    return gated(linear(x, weight, bias), kind)
+
+
+def noise_gated_linear(
+    x: Numbers, weight: Numbers, bias: Numbers | None, kind: str, *, ratio: float
+) -> Numbers:
+    """That of the gate, and of its two arguments, which may have been rounded before."""
+    both, noise = linear(x, weight, bias), noise_linear(x, weight, bias, ratio=ratio)
+    half = both.shape[-1] // 2
+    of_gate = np.abs(_slope(both[..., :half], kind) * both[..., half:]) * noise[..., :half]
+    of_up = np.abs(activation(both[..., :half], kind)) * noise[..., half:]
+    return np.asarray(noise_gated(both, kind, ratio=ratio) + of_gate + of_up)
+
+
 # ---------------------------------------------------------------- mixture of experts
 def moe_route(
     logits: Numbers, top_k: int, renormalize: bool, valid: Numbers

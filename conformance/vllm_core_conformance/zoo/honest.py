@@ -21,6 +21,7 @@ from vllm_core.backend import (
 from vllm_core.bindings.numpy import NumpyOps
 from vllm_core.errors import InvalidArgument, NotSupported
 from vllm_core.ops import Array, HostArray, Param
+from vllm_core_conformance.zoo.honest_limited import LIMITED, LIMITED_DTYPES
 from vllm_core_conformance.zoo.kernel import HostLengths, Kernel, wide
 from vllm_core_conformance.zoo.runtime import (
     BucketRuntime,
@@ -213,12 +214,15 @@ HONEST: dict[str, Open] = {
     "honest_reference": reference,
     "honest_torch": torch_open,
     "honest_jax": jax_open,
+    **LIMITED,
 }
 """By the name under which `zoo.open` finds them."""
 
 
 def dtypes_of(name: str) -> tuple[str, ...]:
     """Dtypes in which the honest zoo is judged."""
+    if name in LIMITED_DTYPES:
+        return LIMITED_DTYPES[name]
     if name == "honest_reference":
         return ("float32", "float64")
     if name == "honest_modest":

@@ -5,6 +5,7 @@ Knows: the mistakes. Does not know: which case finds them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,25 @@ def _halves(x: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def _gated(act: Method) -> Method:
-    def wrong(base: Method, x: Numbers) -> Numbers:
+    def wrong(base: Method | None, x: Numbers) -> Numbers:
         gate, up = _halves(x)
         return np.asarray(act(gate) * up).astype(x.dtype)
 
     return wrong
+
+
+def _gated_linear(act: Callable[[Numbers, Numbers], Any]) -> Method:
+    """A fused product with an activation of its own over (gate, up)."""
+
+    def wrong(base: Method, x: Numbers, param: Any, kind: str) -> Numbers:
+        both = reference.linear(x, param["weight"], param.get("bias"))
+        return np.asarray(act(*_halves(both))).astype(x.dtype)
+
+    return wrong
+
+
+def _even_odd(gate_up: Numbers) -> Numbers:
+    return np.concatenate((gate_up[:, ::2], gate_up[:, 1::2]), -1)
 
 
 def _silu(x: Numbers) -> Any:
@@ -105,6 +120,25 @@ FAULTS = (
     ),
     _wrong("silu_in_place", "silu_and_mul overwrites its input", ops(silu_and_mul=_silu_in_place)),
     _wrong("silu_flat_memory", "silu_and_mul ignores strides", ops(silu_and_mul=flat_memory)),
+    _wrong(
+        "gated_linear_halves_swapped",
+        "the fused product takes the second half for the gate",
+        ops(gated_linear=_gated_linear(lambda gate, up: _silu(up) * gate)),
+    ),
+    _wrong(
+        "gated_linear_always_silu",
+        "the fused product knows silu only",
+        ops(gated_linear=_gated_linear(lambda gate, up: _silu(gate) * up)),
+    ),
+    _wrong(
+        "gated_linear_interleaved",
+        "the fused product takes gate and up for neighbours",
+        ops(
+            gated_linear=_gated_linear(
+                lambda gate, up: _gated(_silu)(None, _even_odd(np.concatenate((gate, up), -1)))
+            )
+        ),
+    ),
     _wrong("gelu_gate_erf", "gelu_and_mul uses erf", ops(gelu_and_mul=_gated(_gelu_erf))),
     _wrong("gelu_is_tanh", 'activation "gelu" uses tanh', _kind("gelu", _gelu_tanh)),
     _wrong("gelu_tanh_is_erf", 'activation "gelu_tanh" uses erf', _kind("gelu_tanh", _gelu_erf)),
