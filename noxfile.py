@@ -133,8 +133,12 @@ def support(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """`nox -s bench -- throughput --num-prompts 32`: the arguments go to `vllm-core bench`."""
+    """`nox -s bench -- throughput --num-prompts 32`: the arguments go to `vllm-core bench`; after
+    `peers` to the comparison with other engines."""
     install(session, *TREE, "torch")
+    if session.posargs[:1] == ["peers"]:
+        session.run("python", "backends/cpu/bench/peers.py", *session.posargs[1:])
+        return
     session.run("vllm-core", "bench", *(session.posargs or ["--help"]))
 
 

@@ -1,0 +1,53 @@
+"""Ours, for a comparison.
+
+Knows: LLMEngine. Does not know: peers.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from work import MAX_LEN, MAX_ROWS, Run, Stamps, serve
+
+import vllm_core
+from vllm_core.config import EngineConfig
+from vllm_core.engine.engine import LLMEngine
+from vllm_core.params import SamplingParams
+
+KV_BYTES = 1 << 30
+
+
+def load(folder: str, threads: int) -> tuple[str, Run]:
+    """The engine in bfloat16."""
+    engine = LLMEngine(
+        EngineConfig(
+            model=folder,
+            backend="cpu",
+            dtype="bfloat16",
+            threads=threads,
+            max_model_len=MAX_LEN,
+            max_num_seqs=MAX_ROWS,
+            max_num_batched_tokens=MAX_LEN,
+            kv_cache_memory=KV_BYTES,
+        )
+    )
+
+    def run(prompts: list[list[int]], count: int) -> Stamps:
+        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        states = [engine.make_request(prompt, params) for prompt in prompts]
+        for state in states:
+            engine.add(state)
+        stamps: Stamps = [[] for _ in states]
+        while any(not state.request.is_finished for state in states):
+            engine.step()
+            now = time.perf_counter()
+            for own, state in zip(stamps, states, strict=True):
+                own += [now] * (len(state.streams[0].tokens) - len(own))
+        return stamps
+
+    return vllm_core.__version__, run
+
+
+if __name__ == "__main__":
+    serve("vllm-core", load, sys.argv[1:])
