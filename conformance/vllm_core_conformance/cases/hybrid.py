@@ -224,10 +224,11 @@ def _long_chunks(target: Target, seed: int) -> Evidence:
 
 # ---------------------------------------------------------------- blocks
 def _block_sizes(target: Target, seed: int) -> Evidence:
-    """Every size that is offered; two of them where each costs a compilation."""
+    """Every size that is offered, with many short prompts in a step; two sizes where each costs a
+    compilation."""
     rng = random(seed, "attention.hybrid.block_sizes")
     draft = Model(
-        "block sizes", (Kind(lse=True), Kind(0.2, window=37)), (4, 2), 24, 16, 48, 5, 290, 640
+        "block sizes", (Kind(lse=True), Kind(0.2, window=37)), (4, 2), 24, 16, 90, 24, 290, 740
     )
     offers = target.block_tokens(draft.shape(draft.kinds[0]).spec(target.dtype))
     sizes = [int(x) for x in rng.permutation([x for x in offers if x <= 2 * MAX_BLOCK])]
@@ -236,6 +237,7 @@ def _block_sizes(target: Target, seed: int) -> Evidence:
         model = _fitting(target, replace(draft, block_tokens=size))
         end = int(rng.integers(1, 3)) * size  # a chunk that ends with a block
         rows = [(min(2 * size, 257), 1), (size - 1, 1), (0, 19), (min(end, 250) - 1, 9)]
+        rows += [(i % 4, 2 + (size + i) % 3) for i in range(18)]
         evidence += _play(target, model, rng, f"blocks of {size} tokens", rows)
     return evidence
 

@@ -13,8 +13,7 @@
 // Knows: this layout, visibility. Does not know: who owns a block.
 #pragma once
 
-#include <memory>
-#include <vector>
+#include <cstdlib>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -185,22 +184,65 @@ struct Unit {
   int64_t first, last;                // keys that any of them sees: [first, last), first a multiple of 16
 };
 
-// Running sums of a unit's (query, head) pairs.
-struct Sums {
-  std::vector<float> out, top, total;
-  void reset(int64_t rows, int64_t width) {
-    out.assign(rows * width, 0.0f);
-    top.assign(rows, NEVER);
-    total.assign(rows, 0.0f);
+// Room that grows and is kept. Not std::vector: the linker may take a function that was compiled for
+// one instruction set into the kernels of another.
+template <class T>
+struct Room {
+  T* data = nullptr;
+  int64_t size = 0;
+
+  Room() = default;
+  Room(const Room&) = delete;
+  Room& operator=(const Room&) = delete;
+  ~Room() { std::free(data); }
+
+  // For `count`; what is in it is lost.
+  T* fit(int64_t count) {
+    if (count <= size) return data;
+    std::free(data);
+    data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+    if (!data) std::abort();
+    size = count;
+    return data;
   }
 };
 
-// Room of one thread, kept over calls.
-struct Scratch {
-  Sums sums;
-  std::vector<float> scores, shrink;
-  std::vector<char> p, q, odd;
+// Running sums of a unit's (query, head) pairs.
+struct Sums {
+  float *out, *top, *total;  // [rows][width], [rows], [rows]
+
+  static int64_t size(int64_t rows, int64_t width) { return padded(rows * (width + 2)); }
+  void start(float* at, int64_t rows, int64_t width) {
+    out = at;
+    top = out + rows * width;
+    total = top + rows;
+    for (float* p = out; p < top; p++) *p = 0.0f;
+    for (int64_t r = 0; r < rows; r++) top[r] = NEVER, total[r] = 0.0f;
+  }
 };
+
+// What a thread leaves of a unit that it did not do alone: the one in which its share begins, and the
+// one in which it ends.
+struct Part {
+  Unit unit;
+  int64_t number;  // of the unit; -1: none
+  Sums sums;
+};
+
+template <class T>
+struct Scratch {
+  Room<float> sums, scores, shrink, left;
+  Room<T> weights, odd;
+  Room<const T*> queries;
+  Room<Part> parts;
+};
+
+// The calling thread's, kept over calls.
+template <class T>
+Scratch<T>& scratch() {
+  static thread_local Scratch<T> room;
+  return room;
+}
 
 template <class T>
 struct Step {
@@ -253,16 +295,12 @@ struct Step {
   }
 
   // The tiles [from, to) of a unit, onto `sums`.
-  void meet(const Unit& u, int64_t from, int64_t to, Scratch& room) const {
+  void meet(const Unit& u, int64_t from, int64_t to, const Sums& sums, Scratch<T>& room) const {
     constexpr int N = Pairs<T>::N;
     const int64_t rows = u.queries * per_kv, steps = (a.dim + N - 1) / N;
-    room.scores.resize(rows * KEYS);
-    room.shrink.resize(rows);
-    room.p.resize(rows * KEYS * sizeof(T));
-    float* scores = room.scores.data();
-    T* p = reinterpret_cast<T*>(room.p.data());
-    room.q.resize(rows * sizeof(T*));
-    const T** q = reinterpret_cast<const T**>(room.q.data());
+    float *scores = room.scores.fit(rows * KEYS), *shrink = room.shrink.fit(rows);
+    T* p = room.weights.fit(rows * KEYS);
+    const T** q = room.queries.fit(rows);
     point_at_queries(u, q, room);
     for (int64_t tile = from; tile < to; tile++) {
       const int64_t first = u.first + tile * KEYS;
@@ -273,14 +311,13 @@ struct Step {
         int count = static_cast<int>(rows - r < MEET_ROWS ? rows - r : MEET_ROWS);
         VC_BY_ROWS(count, (score_rows<T, R>(q + r, steps, keys, scores + r * KEYS)));
       }
-      weights(u, first, end, scores, p, room);
+      weights(u, first, end, scores, p, sums, shrink);
       int whole = static_cast<int>(end - first) / N * N;
-      float* out = room.sums.out.data();
       for (int64_t r = 0; r < rows; r += MEET_ROWS) {
         int count = static_cast<int>(rows - r < MEET_ROWS ? rows - r : MEET_ROWS);
-        VC_BY_ROWS(count, (weigh_rows<T, R>(p + r * KEYS, whole, values, width, room.shrink.data() + r, out + r * width)));
+        VC_BY_ROWS(count, (weigh_rows<T, R>(p + r * KEYS, whole, values, width, shrink + r, sums.out + r * width)));
       }
-      if (whole < end - first) add_last(whole, rows, values, p, out);
+      if (whole < end - first) add_last(whole, rows, values, p, sums.out);
     }
   }
 
@@ -296,17 +333,18 @@ struct Step {
   static float as_float(float x) { return x; }
   static float as_float(bf16 x) { return to_float(x); }
 
-  void point_at_queries(const Unit& u, const T** q, Scratch& room) const {
+  void point_at_queries(const Unit& u, const T** q, Scratch<T>& room) const {
     constexpr int N = Pairs<T>::N;
     int64_t row = 0, even = (a.dim + N - 1) / N * N;
-    if (even != a.dim) room.odd.assign(u.queries * per_kv * even * sizeof(T), 0);
+    T* copy = even == a.dim ? nullptr : room.odd.fit(u.queries * per_kv * even);
     for (int64_t t = 0; t < u.queries; t++)
       for (int64_t g = 0; g < per_kv; g++, row++) {
         q[row] = static_cast<const T*>(a.q) + (begin(u.row) + u.query + t) * a.q_stride + (u.head * per_kv + g) * a.dim;
-        if (even == a.dim) continue;
-        T* copy = reinterpret_cast<T*>(room.odd.data()) + row * even;
+        if (!copy) continue;
         std::memcpy(copy, q[row], a.dim * sizeof(T));
+        copy[a.dim] = T(0);
         q[row] = copy;
+        copy += even;
       }
   }
 
@@ -322,7 +360,8 @@ struct Step {
   }
 
   // Scores become weights, relative to the largest score so far; what was summed shrinks to that.
-  void weights(const Unit& u, int64_t first, int64_t end, float* scores, T* p, Scratch& room) const {
+  void weights(const Unit& u, int64_t first, int64_t end, float* scores, T* p, const Sums& sums,
+               float* shrink) const {
     const int vectors = static_cast<int>((end - first + W - 1) / W);
     const IVec ids = lane_ids();
     for (int64_t t = 0, r = 0; t < u.queries; t++) {
@@ -341,7 +380,7 @@ struct Step {
           store(row + v * W, s);
           top = vmax(top, s);
         }
-        float before = room.sums.top[r], now = largest(top);
+        float before = sums.top[r], now = largest(top);
         now = now > before ? now : before;
         float base = now == NEVER ? 0.0f : now;
         Vec total{};
@@ -350,16 +389,15 @@ struct Step {
           total += e;
           store(p + r * KEYS + v * W, e);
         }
-        float shrink = before == NEVER ? 0.0f : std::exp(before - base);
-        room.sums.top[r] = now;
-        room.sums.total[r] = room.sums.total[r] * shrink + sum(total);
-        room.shrink[r] = shrink;
+        shrink[r] = before == NEVER ? 0.0f : std::exp(before - base);
+        sums.top[r] = now;
+        sums.total[r] = sums.total[r] * shrink[r] + sum(total);
       }
     }
   }
 
   // Sums become outputs.
-  void finish(const Unit& u, Sums& sums) const {
+  void finish(const Unit& u, const Sums& sums) const {
     for (int64_t t = 0, r = 0; t < u.queries; t++)
       for (int64_t g = 0; g < per_kv; g++, r++) {
         int64_t token = begin(u.row) + u.query + t, head = u.head * per_kv + g;
@@ -372,7 +410,7 @@ struct Step {
         }
         const float over = total == 0.0f ? 0.0f : scale / total;
         T* to = static_cast<T*>(a.out) + (token * a.q_heads + head) * a.dim_v;
-        const float* from = sums.out.data() + r * width;
+        const float* from = sums.out + r * width;
         int64_t d = 0;
         for (; d + W <= a.dim_v; d += W) store(to + d, load(from + d) * over);
         if (d < a.dim_v) store_some(to + d, load(from + d) * over, static_cast<int>(a.dim_v - d));
@@ -387,18 +425,11 @@ inline int64_t tile_at(int64_t offset, int64_t cost, int64_t tiles) {
   return tile < tiles ? tile : tiles;
 }
 
-// What a thread leaves of a unit that it did not do alone.
-struct Part {
-  Unit unit;
-  int64_t number;
-  Sums sums;
-};
-
-inline void merge(Sums& into, const Sums& from, int64_t rows, int64_t width) {
+inline void merge(const Sums& into, const Sums& from, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; r++) {
     float a = into.top[r], b = from.top[r], top = a > b ? a : b;
     if (top == NEVER) continue;
-    float wa = a == NEVER ? 0.0f : std::exp(a - top), wb = b == NEVER ? 0.0f : std::exp(b - top);
+    float wa = std::exp(a - top), wb = std::exp(b - top);
     into.top[r] = top;
     into.total[r] = into.total[r] * wa + from.total[r] * wb;
     for (int64_t d = 0; d < width; d++)
@@ -408,7 +439,6 @@ inline void merge(Sums& into, const Sums& from, int64_t rows, int64_t width) {
 
 template <class T>
 void attend(const vc::Attend& args) {
-  static thread_local Scratch scratch;
   const Step<T> step(args);
   const int threads = vc::team.threads;
   const int64_t tokens = args.query_start[args.num_rows];
@@ -424,36 +454,41 @@ void attend(const vc::Attend& args) {
     if (args.lse)
       for (int64_t i = tokens * args.q_heads; i < args.num_tokens * args.q_heads; i++) args.lse[i] = NEVER;
   }
-  std::unique_ptr<std::vector<Part>[]> parts(new std::vector<Part>[threads]);
+  const int64_t size = Sums::size(step.query_tile * step.per_kv, step.width);
+  float* left = scratch<T>().left.fit(2 * threads * size);
+  Part* parts = scratch<T>().parts.fit(2 * threads);
+  for (int i = 0; i < 2 * threads; i++) parts[i].number = -1;
   vc::each_thread(threads, [&](int index) {
-    Scratch& room = scratch;
+    Scratch<T>& room = scratch<T>();
     const int64_t begin = total * index / threads, end = total * (index + 1) / threads;
-    int64_t at = 0, number = 0;
+    int64_t at = 0, number = 0, slot = 2 * index;
     step.units([&](const Unit& u) {
-      const int64_t cost = step.cost(u), tiles = step.tiles(u), rows = u.queries * step.per_kv;
+      const int64_t cost = step.cost(u), tiles = step.tiles(u);
       const int64_t from = tile_at(begin - at, cost, tiles), to = tile_at(end - at, cost, tiles);
       if (from < to) {
-        room.sums.reset(rows, step.width);
-        step.meet(u, from, to, room);
-        if (from == 0 && to == tiles)
-          step.finish(u, room.sums);
+        const bool alone = from == 0 && to == tiles;
+        Sums sums;
+        sums.start(alone ? room.sums.fit(size) : left + slot * size, u.queries * step.per_kv, step.width);
+        step.meet(u, from, to, sums, room);
+        if (alone)
+          step.finish(u, sums);
         else
-          parts[index].push_back({u, number, room.sums});
+          parts[slot++] = {u, number, sums};
       }
       at += cost * tiles;
       number++;
     });
   });
-  Part* open = nullptr;
-  for (int index = 0; index < threads; index++)
-    for (Part& part : parts[index]) {
-      if (open && open->number == part.number) {
-        merge(open->sums, part.sums, part.unit.queries * step.per_kv, step.width);
-        continue;
-      }
-      if (open) step.finish(open->unit, open->sums);
-      open = &part;
+  const Part* open = nullptr;
+  for (int i = 0; i < 2 * threads; i++) {
+    if (parts[i].number < 0) continue;
+    if (open && open->number == parts[i].number) {
+      merge(open->sums, parts[i].sums, parts[i].unit.queries * step.per_kv, step.width);
+      continue;
     }
+    if (open) step.finish(open->unit, open->sums);
+    open = &parts[i];
+  }
   if (open) step.finish(open->unit, open->sums);
 }
 

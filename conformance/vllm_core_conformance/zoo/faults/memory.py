@@ -46,6 +46,18 @@ class LeaksPerCall(ZooRuntime):
         return call
 
 
+@runtime("a program keeps the arguments of all its calls")
+class ArgumentsKept(ZooRuntime):
+    def compile(self, program: Program, key: BucketKey | None) -> Executable:
+        run, held = super().compile(program, key), []
+
+        def call(*args: Any) -> tuple[Any, ...]:
+            held.append(args)
+            return run(*args)
+
+        return call
+
+
 @runtime("every uploaded step is kept, with a quarter of a megabyte of staging")
 class LeaksPerUpload(ZooRuntime):
     def __init__(self, config: OpenConfig) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from vllm_core.backend import AttentionPlan, AttentionSpec
 from vllm_core.ops import HostArray
+from vllm_core_conformance.zoo.faults import hybrid
 from vllm_core_conformance.zoo.kernel import Kernel, Row, Sums
 from vllm_core_conformance.zoo.runtime import BFLOAT16, Collection
 
@@ -310,4 +311,4 @@ def _ten_bits(x: HostArray) -> HostArray:
     return ((bits + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32).astype(x.dtype)
 
 
-FAULTS = tuple(collection.faults)
+FAULTS = (*collection.faults, *hybrid.FAULTS)

@@ -11,7 +11,7 @@ import numpy as np
 
 from vllm_core.ops import Param
 from vllm_core_conformance.zoo.fault import Fault
-from vllm_core_conformance.zoo.faults import activations, matmuls, rope
+from vllm_core_conformance.zoo.faults import activations, matmuls, rope, sizes
 from vllm_core_conformance.zoo.faults.planted import (
     Method,
     Numbers,
@@ -286,4 +286,4 @@ ARRAYS = (
     ),
 )
 
-FAULTS = (*NORMS, *rope.FAULTS, *activations.FAULTS, *matmuls.FAULTS, *ARRAYS)
+FAULTS = (*NORMS, *rope.FAULTS, *activations.FAULTS, *matmuls.FAULTS, *sizes.FAULTS, *ARRAYS)
