@@ -56,17 +56,6 @@ def _new_step(target: Target, seed: int) -> Evidence:
     return evidence
 
 
-def _no_mask(target: Target, seed: int) -> Evidence:
-    rows = [(0, 33), (0, 2), (0, 17 + seed % 5)]
-    return _if_accepted(target, seed, "encoder", rows, "attention without a causal mask")
-
-
-def _no_mask_behind(target: Target, seed: int) -> Evidence:
-    rows = mixture(target, "encoder", random(seed, "attention.edges.encoder_behind"))
-    says = "attention without a causal mask behind a prefix"
-    return _if_accepted(target, seed, "encoder", rows, says)
-
-
 def _narrow_values(target: Target, seed: int) -> Evidence:
     rows = mixture(target, "narrow_values", random(seed, "attention.edges.narrow_values"))
     return _if_accepted(target, seed, "narrow_values", rows, "V heads narrower than K heads")
@@ -129,20 +118,6 @@ CASES: tuple[Case, ...] = (
         _new_step,
         frozenset({"core", "smoke"}),
         needs=("windows",),
-        every_dtype=True,
-    ),
-    Case(
-        "attention.edges.encoder",
-        "without a causal mask every query sees its whole sequence, or it is refused",
-        _no_mask,
-        frozenset({"core"}),
-        every_dtype=True,
-    ),
-    Case(
-        "attention.edges.encoder_behind",
-        "without a causal mask a chunk sees its prefix and the whole chunk, or it is refused",
-        _no_mask_behind,
-        frozenset({"core"}),
         every_dtype=True,
     ),
     Case(

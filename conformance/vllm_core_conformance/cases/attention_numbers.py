@@ -68,7 +68,6 @@ CASES: tuple[Case, ...] = (
     _numbers("narrow", "narrow", "heads of 2"),
     _numbers("window", "window", "a window that is no multiple of a block"),
     _numbers("window_short", "window_short", "a window of 3"),
-    _numbers("window_one", "window_one", "a window of 1: every token sees itself"),
     _numbers("sinks", "sinks", "sinks of every size, heads of 72", more=SMOKE),
     _numbers("window_sinks", "window_sinks", "sinks and a window of many blocks"),
     _numbers("softcap", "softcap", "softcap 7.5, heads of 96", more=SMOKE),

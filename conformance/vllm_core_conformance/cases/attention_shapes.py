@@ -84,7 +84,6 @@ RECIPES = {
         (10, 2), 64, 0.11, 160, 10, 150, 560, window=(1, 5), lse=True, decoy_group=True
     ),
     "window_short": Recipe((12, 3), 64, 0.09, 64, 8, 90, 300, window=(0, 3), layers=2),
-    "window_one": Recipe((6, 3), 32, 0.2, 64, 8, 60, 240, window=(0, 1), layers=2),
     "window_sinks": Recipe((12, 1), 64, 0.12, 64, 8, 150, 600, 7, window=(4, 3), sinks=True),
     "sinks": Recipe((16, 2), 72, 0.13, 64, 8, 90, 360, sinks=True, fused=True),
     "softcap": Recipe((12, 2), 96, 0.2, 96, 8, 100, 400, softcap=7.5, lse=True),
@@ -97,7 +96,6 @@ RECIPES = {
     "very_long": Recipe(
         (2, 1), 64, 0.1, 4, 2, 33_200, 33_600, block="largest", layers=1, layer=0, lse=True
     ),
-    "encoder": Recipe((6, 2), 64, 0.1, 96, 6, 100, 300, causal=False, layers=2),
     "narrow_values": Recipe((4, 2), 64, 0.1, 32, 4, 60, 200, dim_v=32, layers=2),
 }
 

@@ -47,7 +47,7 @@ def _play(target: Target, model: Model, rng: Random, says: str, *steps: Rows) ->
 # ---------------------------------------------------------------- kinds side by side
 def _model(target: Target) -> Model:
     """Full layers that differ in scale, softcap and sinks; windows of whole blocks and one off, of
-    a usual tile, and longer than every row."""
+    a usual tile, of one token, and longer than every row."""
     draft = Model("layers", (Kind(),), (6, 2), 32, 16, 128, 12, 420, 1300)
     size = _size(target, draft)
     kinds = (
@@ -63,6 +63,7 @@ def _model(target: Target) -> Model:
         Kind(0.15, window=64 if size < 64 else 48, lse=True),
         Kind(0.12, window=4096, sinks=True),
         Kind(0.12, window=size, sinks=True),
+        Kind(0.12, window=1),
     )
     return _fitting(target, replace(draft, kinds=kinds, block_tokens=size))
 
@@ -224,7 +225,7 @@ def _long_chunks(target: Target, seed: int) -> Evidence:
 
 # ---------------------------------------------------------------- blocks
 def _block_sizes(target: Target, seed: int) -> Evidence:
-    """Every size that is offered, with many short prompts in a step; two sizes where each costs a
+    """Every size that is offered, with many short prompts in a step; one size where each costs a
     compilation."""
     rng = random(seed, "attention.hybrid.block_sizes")
     draft = Model(
@@ -233,7 +234,7 @@ def _block_sizes(target: Target, seed: int) -> Evidence:
     offers = target.block_tokens(draft.shape(draft.kinds[0]).spec(target.dtype))
     sizes = [int(x) for x in rng.permutation([x for x in offers if x <= 2 * MAX_BLOCK])]
     evidence = Evidence()
-    for size in sizes[:2] if target.is_static else sizes:
+    for size in sizes[:1] if target.is_static else sizes:
         model = _fitting(target, replace(draft, block_tokens=size))
         end = int(rng.integers(1, 3)) * size  # a chunk that ends with a block
         rows = [(min(2 * size, 257), 1), (size - 1, 1), (0, 19), (min(end, 250) - 1, 9)]

@@ -36,7 +36,7 @@ void each_thread(int threads, const Work& work) {
 struct Share {
   int64_t begin, end;
 };
-inline Share share(int64_t count, int64_t unit, int index, int threads) {
+static inline Share share(int64_t count, int64_t unit, int index, int threads) {
   int64_t units = (count + unit - 1) / unit;
   int64_t begin = units * index / threads * unit, end = units * (index + 1) / threads * unit;
   return {begin < count ? begin : count, end < count ? end : count};
