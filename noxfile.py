@@ -45,7 +45,7 @@ def demo(session: nox.Session) -> None:
     session.run("vllm-core", "doctor")
     session.run("python", "-c", FETCH_DEMO_MODEL)
     prompt = session.posargs or ["--prompt", "What is the capital of France?", "--interactive"]
-    session.run("vllm-core", "chat", "--temperature", "0", *prompt)
+    session.run("vllm-core", "chat", "--temperature", "0", "--dtype", "float32", *prompt)
 
 
 @nox.session
