@@ -142,6 +142,24 @@ def ask_ops(b: Battery) -> None:
     b.ask(ops.embed, b.array(np.array([0, 3, 39_999, 3], np.int32)), table)
 
 
+def ask_sizes(b: Battery) -> None:
+    """One token, more than 256, rows of more than 1,024 channels; and the product with its gate."""
+    ops = b.ops
+    for rows, width in ((1, 64), (300, 32), (3, 1200)):
+        norm, x = b.param("norm", width), b.normal(rows, width)
+        b.ask(ops.rms_norm, x, norm, 1e-5)
+        b.ask(ops.add_rms_norm, x + 0, x * 2, norm, 1e-5)
+        b.ask(ops.silu_and_mul, x + 0)
+        b.ask(ops.gelu_and_mul, x + 0)
+        for kind in ("silu", "gelu_tanh"):
+            b.ask(ops.gated_linear, x, b.param("linear", 24, width), kind)
+    ids = b.array(np.array([0, 4, 2], np.int32))
+    b.ask(ops.embed, ids, b.param("embedding", 5, 1200))
+    experts = b.param("experts", 4, 12, 8), b.param("experts", 4, 8, 6)
+    routed = b.ask(ops.moe_route, b.normal(1, 4), 2, True, b.array(np.ones(1, bool)))
+    b.ask(ops.moe_experts, b.normal(1, 8), *routed, *experts)
+
+
 def ask_rope(b: Battery) -> None:
     frequency = (1e4 ** -(np.arange(16) / 16)).astype(np.float32)
     for first, scale in ((0, 1.0), (5000, 1.0), (40_000, 1.25)):
@@ -365,7 +383,7 @@ def ask_weights(b: Battery) -> None:
 
 
 QUESTIONS = {
-    "ops": (ask_ops, ask_rope, ask_vocabulary),
+    "ops": (ask_ops, ask_rope, ask_vocabulary, ask_sizes),
     "moe": (ask_moe,),
     "sampling": (ask_sampling,),
     "stepping": (ask_stepping,),
