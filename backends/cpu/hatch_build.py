@@ -47,8 +47,8 @@ INSTRUCTION_SETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "aarch64": {"generic": (), "neon_bf16": ("-march=armv8.2-a+bf16+dotprod+i8mm",)},
 }
 """Machine -> name -> flags. Each contains the one before it, and they are linked in this order: of
-a function that several objects define alike (a member of std::vector), the linker keeps the first,
-which every processor that gets there can run."""
+a function that several objects define alike (an inline one of a system header), the linker keeps
+the first, which every processor that gets there can run."""
 SPELLINGS = {"-march=armv8.2-a+bf16+dotprod+i8mm": "-mcpu=generic+bf16+dotprod+i8mm"}
 """For a compiler that does not know the first (zig); gcc takes the second and means less by it."""
 

@@ -146,7 +146,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=Path.home() / ".cache" / "peers")
     parser.add_argument("--model", default="qwen2.5-0.5b", help="a folder below PEERS/models")
     parser.add_argument("--engines", default=",".join(ENGINES), help="ours first")
-    parser.add_argument("--rows", default=",".join(ROWS), help="of: " + "; ".join(ROWS))
+    parser.add_argument("--rows", default=";".join(ROWS), help="of: " + "; ".join(ROWS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, help="everything as JSON")
@@ -156,7 +156,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     model = args.peers / "models" / args.model
-    wanted = args.rows.split(",") if args.rows != ",".join(ROWS) else list(ROWS)
+    wanted = [row.strip() for row in args.rows.split(";")]
     engines: list[Engine] = []
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
     limits: dict[str, list[float]] = {"read GB/s": []}

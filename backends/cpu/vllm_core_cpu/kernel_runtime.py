@@ -27,12 +27,10 @@ DTYPES = ("float32", "bfloat16")
 
 
 def open_runtime(config: OpenConfig) -> Runtime:
-    """With our kernels where they are built and take the dtype."""
+    """With our kernels where they are built."""
     kernels, _ = native.load()
-    opened = binding.open_runtime(config)
-    if kernels is None or opened.dtype not in DTYPES:
-        return opened
-    opened.close()
+    if kernels is None:
+        return binding.open_runtime(config)
     return CpuRuntime(
         kernels,
         torch.device("cpu"),
@@ -43,18 +41,21 @@ def open_runtime(config: OpenConfig) -> Runtime:
 
 
 class CpuRuntime(TorchRuntime):
-    """One process's CPUs."""
+    """One process's CPUs; as the binding has it for the dtypes that our kernels do not take."""
 
     def __init__(self, kernels: native.Native, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._kernels = kernels
+        if self.dtype not in DTYPES:
+            return
         kernels.set_threads(self.threads)
         self.ops = CpuOps(kernels, self.torch_device, self.synchronize)
         self.attention = CpuAttention(kernels, self.dtype, self.synchronize)
         self.block_tables = RectangleTables(self.ops)
 
     def _load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
-        if spec.role not in ("linear", "embedding") or len(spec.shape) != 2:
+        is_product = spec.role in ("linear", "embedding") and len(spec.shape) == 2
+        if self.dtype not in DTYPES or not is_product:
             return super()._load(spec, parts)
         dtype = dtype_of(self.dtype)
         try:

@@ -13,11 +13,9 @@ import torch
 from vllm_core.bindings.torch.ops import TorchOps
 from vllm_core.ops import Param
 from vllm_core_cpu import native
-from vllm_core_cpu.weights import DTYPES, Packed
+from vllm_core_cpu.weights import DTYPES, EPILOGUES, Packed
 
 Tensor = torch.Tensor
-
-GATES = {"silu": 1, "gelu_tanh": 2}
 
 
 class CpuOps(TorchOps):
@@ -135,7 +133,7 @@ class CpuOps(TorchOps):
         rows.rows, rows.size, rows.x_stride, rows.out_stride = (
             out.numel() // max(size, 1), size, 2 * size, size,
         )  # fmt: skip
-        self._kernels.gate(self._rows_address, GATES[kind])
+        self._kernels.gate(self._rows_address, EPILOGUES[kind])
         return out
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
