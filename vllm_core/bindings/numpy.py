@@ -102,10 +102,16 @@ class NumpyOps(Ops):
         return list(layers)
 
     def layers(
-        self, body: LayerBody, x: Array, kv: Any, params: Any, specs: Sequence[Any]
+        self,
+        body: LayerBody,
+        x: Array,
+        kv: Any,
+        params: Any,
+        specs: Sequence[Any],
+        shared: tuple[Any, ...] = (),
     ) -> tuple[Array, Any]:
         for layer, spec in zip(params, specs, strict=True):
-            x, kv = body(x, kv, layer, spec, spec.kv_layer)
+            x, kv = body(x, kv, layer, spec, spec.kv_layer, *shared)
         return x, kv
 
     def embed(self, ids: Array, param: Param) -> Array:

@@ -7,6 +7,7 @@ Knows: the order of ops in a layer. Does not know: families, configs, weights' o
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,8 @@ def forward(
         for rope in spec.ropes
     )
 
-    def body(
-        x: Array, kv: KV, p: Params, layer_spec: LayerSpec, layer: Array | int
-    ) -> tuple[Array, KV]:
-        table = None if layer_spec.rope is None else tables[layer_spec.rope]
-        plan = plans[layer_spec.attention_index]
-        return _layer(device, layer_spec, p, x, kv, layer, table, plan, view.valid)
-
-    x, kv = ops.layers(body, x, kv, params["layers"], spec.layers)
+    shared = (tables, plans, view.valid)
+    x, kv = ops.layers(partial(_layer, device), x, kv, params["layers"], spec.layers, shared)
     rows = step.logit_rows[:, 0]
     if not keep_hidden:
         return _norm(ops, spec, x[rows], params["norm"]), None, kv
@@ -73,16 +68,18 @@ def logits(device: Device, spec: ModelSpec, params: Params, hidden: Array) -> Ar
 
 def _layer(
     device: Device,
-    spec: LayerSpec,
-    p: Params,
     x: Array,
     kv: KV,
+    p: Params,
+    spec: LayerSpec,
     layer: Array | int,
-    table: RopeTable | None,
-    plan: AttentionPlan,
+    tables: tuple[RopeTable, ...],
+    plans: tuple[AttentionPlan, ...],
     valid: Array,
 ) -> tuple[Array, KV]:
     ops = device.ops
+    table = None if spec.rope is None else tables[spec.rope]
+    plan = plans[spec.attention_index]
     h = _norm(ops, spec, x, p["input_norm"])
     h, kv = _attention(device, spec, p, h, kv, layer, table, plan)
     if spec.is_sandwich:

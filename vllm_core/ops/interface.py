@@ -31,8 +31,9 @@ ARRAY_VOCABULARY = (
 ).split()
 """Names of `Ops.xp` that shared code may use, where numpy, torch and jax.numpy agree."""
 
-LayerBody = Callable[[Array, Any, Any, Any, Any], tuple[Array, Any]]
-"""body(x, kv, params, spec, layer) -> (x, kv); `layer` indexes the KV group and may be traced."""
+LayerBody = Callable[..., tuple[Array, Any]]
+"""body(x, kv, params, spec, layer, *shared) -> (x, kv); `layer` indexes the KV group and may be
+traced."""
 
 
 class Ops(ABC):
@@ -104,9 +105,20 @@ class Ops(ABC):
 
     @abstractmethod
     def layers(
-        self, body: LayerBody, x: Array, kv: Any, params: Any, specs: Sequence[Any]
+        self,
+        body: LayerBody,
+        x: Array,
+        kv: Any,
+        params: Any,
+        specs: Sequence[Any],
+        shared: tuple[Any, ...] = (),
     ) -> tuple[Array, Any]:
-        """Runs body over the layers; spec.kv_layer is the layer's index in its KV group."""
+        """Runs body over the layers; spec.kv_layer is the layer's index in its KV group.
+
+        shared: what every layer reads of the step (rope tables, attention plans). What of the step
+        reaches the body comes through x, kv and shared, so that a device may record the walk of one
+        step and run the record with the values of another.
+        """
 
     def repeat(self, count: int, body: Callable[[Any], Any], carry: Any) -> Any:
         """body applied `count` times to a tree of arrays; worth a loop where programs are

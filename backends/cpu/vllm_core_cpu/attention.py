@@ -31,8 +31,9 @@ BLOCK_TOKENS = (32, 64, 16, 128, 256)
 
 @dataclass(frozen=True, eq=False)
 class PlanArrays:
-    """The record of one spec, and the tensors whose addresses it holds."""
+    """The records of one spec, and the tensors whose addresses they hold."""
 
+    step: native.AttendStep
     record: native.Attend
     address: int
     held: tuple[Tensor, ...]
@@ -43,7 +44,7 @@ class CpuAttention(AttentionBackend):
 
     def __init__(self, kernels: native.Native, dtype: str, synchronize: Callable[[], None]) -> None:
         """synchronize: waits until what was submitted has run."""
-        self._kernels = kernels
+        self.kernels = kernels
         self.dtype = dtype_of(dtype)
         self._code = DTYPES[self.dtype]
         self._synchronize = synchronize
@@ -57,7 +58,7 @@ class CpuAttention(AttentionBackend):
 
     def _block_elements(self, group: KVGroup) -> int:
         spec = group.spec
-        head: int = self._kernels.kv_head_size(
+        head: int = self.kernels.kv_head_size(
             self._code, spec.dim_qk, spec.dim_v, group.block_tokens
         )
         return group.layers * spec.num_kv_heads * head
@@ -108,7 +109,7 @@ class CpuAttention(AttentionBackend):
         blocks = torch.tensor(list(ids), dtype=torch.int32)
         for layer in range(group.layers):
             record = self._record(kv, group, layer)
-            self._kernels.move_blocks(
+            self.kernels.move_blocks(
                 addressof(record), blocks.data_ptr(), len(blocks), k[layer].data_ptr(),
                 v[layer].data_ptr(), int(to_cache),
             )  # fmt: skip
@@ -156,15 +157,18 @@ class CpuAttention(AttentionBackend):
                 raise NotSupported("chunked, ALiBi and borrowed attention are reserved")
             group = groups[spec.group]
             tables = state.tables[spec.group].contiguous()
-            record = native.Attend(
+            shared = native.AttendStep(
                 tables=tables.data_ptr(),
                 rows=rows.data_ptr(),
                 seq_lens=lengths.data_ptr(),
                 query_start=start.data_ptr(),
-                block_stride=self._block_elements(group),
                 table_stride=tables.shape[1],
                 num_rows=int(host_part["num_rows"][0]),
                 num_tokens=len(view.token_ids),
+            )
+            record = native.Attend(
+                step=addressof(shared),
+                block_stride=self._block_elements(group),
                 q_heads=spec.num_q_heads,
                 kv_heads=spec.num_kv_heads,
                 dim=spec.dim_qk,
@@ -176,7 +180,7 @@ class CpuAttention(AttentionBackend):
                 causal=int(spec.causal),
                 dtype=self._code,
             )
-            arrays = PlanArrays(record, addressof(record), (tables, rows, lengths, start))
+            arrays = PlanArrays(shared, record, addressof(record), (tables, rows, lengths, start))
             plans.append(AttentionPlan(arrays, spec, group))
         return tuple(plans)
 
@@ -208,7 +212,7 @@ class CpuAttention(AttentionBackend):
         record.q_stride, record.k_stride, record.v_stride = q.stride(0), k.stride(0), v.stride(0)
         record.out, record.lse = out.data_ptr(), None if lse is None else lse.data_ptr()
         record.sinks = None if sinks is None else sinks.data_ptr()
-        self._kernels.attend(plan.arrays.address)
+        self.kernels.attend(plan.arrays.address)
         return out, lse, kv
 
 

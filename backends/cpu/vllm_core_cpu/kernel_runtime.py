@@ -20,6 +20,7 @@ from vllm_core.ops import HostArray, Param, ParamSpec, Part
 from vllm_core_cpu import native
 from vllm_core_cpu.attention import CpuAttention
 from vllm_core_cpu.ops import CpuOps
+from vllm_core_cpu.recorded import WalkRecorder
 from vllm_core_cpu.weights import Packed, pack, unpack
 
 DTYPES = ("float32", "bfloat16")
@@ -51,6 +52,7 @@ class CpuRuntime(TorchRuntime):
         kernels.set_threads(self.threads)
         self.ops = CpuOps(kernels, self.torch_device, self.synchronize)
         self.attention = CpuAttention(kernels, self.dtype, self.synchronize)
+        self.ops.walks = WalkRecorder(kernels, self.ops, self.attention)
         self.block_tables = RectangleTables(self.ops)
 
     def _load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
@@ -68,6 +70,11 @@ class CpuRuntime(TorchRuntime):
             return Param(*pack(self._kernels, tensors["weight"], tensors.get("bias")))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(f"no memory for the weight {spec.name} {list(spec.shape)}") from error
+
+    def close(self) -> None:
+        super().close()
+        if isinstance(self.ops, CpuOps) and self.ops.walks is not None:
+            self.ops.walks.forget()
 
     def unload(self, param: Param) -> dict[str, HostArray]:
         facts = param.static

@@ -54,15 +54,26 @@ class Linear(ctypes.Structure):
     )
 
 
-class Attend(ctypes.Structure):
-    """One step of one attention layer."""
+class AttendStep(ctypes.Structure):
+    """What the attention layers of one step read alike."""
 
     _fields_ = (
-        ("cache", c_void_p),
         ("tables", c_void_p),
         ("rows", c_void_p),
         ("seq_lens", c_void_p),
         ("query_start", c_void_p),
+        ("table_stride", c_int64),
+        ("num_rows", c_int64),
+        ("num_tokens", c_int64),
+    )
+
+
+class Attend(ctypes.Structure):
+    """One attention layer of a step."""
+
+    _fields_ = (
+        ("step", c_void_p),
+        ("cache", c_void_p),
         ("q", c_void_p),
         ("k", c_void_p),
         ("v", c_void_p),
@@ -71,12 +82,9 @@ class Attend(ctypes.Structure):
         ("sinks", c_void_p),
         ("block_stride", c_int64),
         ("layer", c_int64),
-        ("table_stride", c_int64),
         ("q_stride", c_int64),
         ("k_stride", c_int64),
         ("v_stride", c_int64),
-        ("num_rows", c_int64),
-        ("num_tokens", c_int64),
         ("q_heads", c_int64),
         ("kv_heads", c_int64),
         ("dim", c_int64),
@@ -126,7 +134,21 @@ class Rope(ctypes.Structure):
     )
 
 
-STRUCTS = (Linear, Attend, Rows, Rope)
+class Call(ctypes.Structure):
+    """One call of a function below, kept to be made again."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        ("gate", c_int32),
+        ("record", c_void_p),
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("x_stride", c_int64),
+        ("m", c_int64),
+    )
+
+
+STRUCTS = (Linear, AttendStep, Attend, Rows, Rope, Call)
 
 SIGNATURES: Mapping[str, str] = {
     "packed_bytes": "l(ill)",  # dtype, n, k
@@ -140,6 +162,8 @@ SIGNATURES: Mapping[str, str] = {
     "layer_norm": "v(p)",  # Rows
     "gate": "v(pi)",  # Rows, kind
     "rope": "v(p)",  # Rope
+    "add": "v(p)",  # Rows
+    "replay": "v(pl)",  # Calls, count
 }
 """Every function, in the order of the C table: p pointer, i int32, l int64, f float, v nothing. A
 pointer is given as an address or as ctypes.byref(struct)."""
@@ -197,6 +221,8 @@ class Native:
     layer_norm: Function = field(repr=False)
     gate: Function = field(repr=False)
     rope: Function = field(repr=False)
+    add: Function = field(repr=False)
+    replay: Function = field(repr=False)
 
     def set_threads(self, threads: int) -> None:
         """From now on kernels, of the whole process, run on `threads` of torch's threads; torch

@@ -5,6 +5,7 @@ Knows: which op goes where. Does not know: instruction sets, models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import addressof
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 
 from vllm_core.bindings.torch.ops import TorchOps
 from vllm_core.ops import Param
+from vllm_core.ops.interface import LayerBody
 from vllm_core_cpu import native
+from vllm_core_cpu.recorded import MAX_TOKENS, WalkRecorder
 from vllm_core_cpu.weights import DTYPES, EPILOGUES, Packed
 
 Tensor = torch.Tensor
@@ -25,7 +28,8 @@ class CpuOps(TorchOps):
 
     def __init__(self, kernels: native.Native, *more: Any) -> None:
         super().__init__(*more)
-        self._kernels = kernels
+        self.kernels = kernels
+        self.walks: WalkRecorder | None = None
         self._rows = native.Rows()
         self._rows_address = addressof(self._rows)
         self._rope = native.Rope()
@@ -38,7 +42,7 @@ class CpuOps(TorchOps):
             return super().embed(ids, param)
         ids = ids.to(torch.int32).contiguous()
         out = torch.empty((*ids.shape, facts.k), dtype=facts.dtype)
-        self._kernels.unpack_rows(
+        self.kernels.unpack_rows(
             facts.plain.dtype, facts.plain.packed, ids.data_ptr(), ids.numel(), facts.n, facts.k,
             out.data_ptr(),
         )  # fmt: skip
@@ -68,10 +72,24 @@ class CpuOps(TorchOps):
         if x.dtype != facts.dtype or x.stride(-1) != 1:
             x = x.to(facts.dtype).contiguous()
         out = torch.empty((count, n), dtype=dtype)
-        self._kernels.linear(
+        self.kernels.linear(
             facts.addresses[kind], x.data_ptr(), x.stride(0), out.data_ptr(), count
         )
         return out
+
+    def layers(
+        self,
+        body: LayerBody,
+        x: Tensor,
+        kv: Any,
+        params: Any,
+        specs: Sequence[Any],
+        shared: tuple[Any, ...] = (),
+    ) -> tuple[Tensor, Any]:
+        is_small = isinstance(x, Tensor) and x.dim() == 2 and 0 < len(x) <= MAX_TOKENS
+        if self.walks is None or not is_small or x.dtype not in DTYPES:
+            return super().layers(body, x, kv, params, specs, shared)
+        return self.walks.run(body, x, kv, params, specs, shared)
 
     # ---- rows
     def _fill(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -91,7 +109,7 @@ class CpuOps(TorchOps):
         x = x.contiguous()
         out = self._fill(x, weight, eps)
         self._rows.residual = None
-        self._kernels.rms_norm(self._rows_address)
+        self.kernels.rms_norm(self._rows_address)
         return out
 
     def add_rms_norm(
@@ -104,7 +122,7 @@ class CpuOps(TorchOps):
         x, residual = x.contiguous(), residual.contiguous()
         out, total = self._fill(x, weight, eps), torch.empty(x.shape, dtype=x.dtype)
         self._rows.residual, self._rows.total = residual.data_ptr(), total.data_ptr()
-        self._kernels.rms_norm(self._rows_address)
+        self.kernels.rms_norm(self._rows_address)
         return out, total
 
     def layer_norm(self, x: Tensor, param: Param, eps: float) -> Tensor:
@@ -115,7 +133,7 @@ class CpuOps(TorchOps):
         x = x.contiguous()
         out = self._fill(x, weight, eps)
         self._rows.bias = None if bias is None else bias.data_ptr()
-        self._kernels.layer_norm(self._rows_address)
+        self.kernels.layer_norm(self._rows_address)
         return out
 
     def silu_and_mul(self, x: Tensor) -> Tensor:
@@ -133,7 +151,7 @@ class CpuOps(TorchOps):
         rows.rows, rows.size, rows.x_stride, rows.out_stride = (
             out.numel() // max(size, 1), size, 2 * size, size,
         )  # fmt: skip
-        self._kernels.gate(self._rows_address, EPILOGUES[kind])
+        self.kernels.gate(self._rows_address, EPILOGUES[kind])
         return out
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -148,5 +166,5 @@ class CpuOps(TorchOps):
         rope.x, rope.cos, rope.sin = x.data_ptr(), cos.data_ptr(), sin.data_ptr()
         rope.out, rope.tokens, rope.heads, rope.dim = out.data_ptr(), tokens, heads, dim
         rope.half, rope.x_stride, rope.dtype = cos.shape[-1], x.stride(0), DTYPES[x.dtype]
-        self._kernels.rope(self._rope_address)
+        self.kernels.rope(self._rope_address)
         return out

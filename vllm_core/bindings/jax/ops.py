@@ -86,9 +86,18 @@ class JaxOps(Ops):
         return stack(layers, specs)
 
     def layers(
-        self, body: LayerBody, x: Array, kv: Any, params: Any, specs: Sequence[Any]
+        self,
+        body: LayerBody,
+        x: Array,
+        kv: Any,
+        params: Any,
+        specs: Sequence[Any],
+        shared: tuple[Any, ...] = (),
     ) -> tuple[Array, Any]:
-        return walk(body, x, kv, params, specs)
+        def whole(*args: Any) -> tuple[Array, Any]:
+            return body(*args, *shared)
+
+        return walk(whole, x, kv, params, specs)
 
     def repeat(self, count: int, body: Callable[[Any], Any], carry: Any) -> Any:
         return lax.fori_loop(0, count, lambda _, values: body(values), carry)

@@ -93,10 +93,16 @@ class TorchOps(Ops):
         return list(layers)
 
     def layers(
-        self, body: LayerBody, x: Tensor, kv: Any, params: Any, specs: Sequence[Any]
+        self,
+        body: LayerBody,
+        x: Tensor,
+        kv: Any,
+        params: Any,
+        specs: Sequence[Any],
+        shared: tuple[Any, ...] = (),
     ) -> tuple[Tensor, Any]:
         for layer, spec in zip(params, specs, strict=True):
-            x, kv = body(x, kv, layer, spec, spec.kv_layer)
+            x, kv = body(x, kv, layer, spec, spec.kv_layer, *shared)
         return x, kv
 
     # ---- fused ops of models

@@ -220,16 +220,15 @@ void step(const Case<T>& c, T poison, const char* name, Guarded<T>& out, Guarded
       fill_tokens(k, token, k_size + 1, &c.keys[r][static_cast<size_t>(at * k_size)], k_size);
       fill_tokens(v, token, v_size + 5, &c.values[r][static_cast<size_t>(at * v_size)], v_size);
     }
+  const vc::AttendStep shared = {c.tables.data(), c.row_ids.data(), c.seq_lens.data(), c.query_start.data(),
+                                 c.table_stride, static_cast<int64_t>(c.rows.size()), all};
   vc::Attend a = {};
-  a.cache = cache.data();
-  a.tables = c.tables.data(), a.rows = c.row_ids.data(), a.seq_lens = c.seq_lens.data();
-  a.query_start = c.query_start.data();
+  a.step = &shared, a.cache = cache.data();
   a.q = q.data(), a.k = k.data(), a.v = v.data(), a.out = out.data();
   a.lse = c.rules.lse ? lse.data() : nullptr;
   a.sinks = c.rules.sinks ? c.sinks.data() : nullptr;
-  a.block_stride = block_size, a.layer = LAYER, a.table_stride = c.table_stride;
+  a.block_stride = block_size, a.layer = LAYER;
   a.q_stride = q_size + 3, a.k_stride = k_size + 1, a.v_stride = v_size + 5;
-  a.num_rows = static_cast<int64_t>(c.rows.size()), a.num_tokens = all;
   a.q_heads = s.q_heads(), a.kv_heads = s.kv_heads, a.dim = s.dim, a.dim_v = s.dim_v;
   a.block_tokens = s.block_tokens, a.window = c.rules.window;
   a.scale = c.scale_of(), a.softcap = c.rules.softcap, a.causal = c.rules.causal, a.dtype = dtype_of<T>();

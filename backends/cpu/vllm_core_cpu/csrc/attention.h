@@ -255,10 +255,10 @@ struct Step {
     query_tile = UNIT_ROWS / per_kv > 1 ? UNIT_ROWS / per_kv : 1;
   }
 
-  const int32_t* table(int64_t row) const { return a.tables + a.rows[row] * a.table_stride; }
-  int64_t begin(int64_t row) const { return a.query_start[row]; }
-  int64_t queries(int64_t row) const { return a.query_start[row + 1] - a.query_start[row]; }
-  int64_t cached(int64_t row) const { return a.seq_lens[row] - queries(row); }
+  const int32_t* table(int64_t row) const { return a.step->tables + a.step->rows[row] * a.step->table_stride; }
+  int64_t begin(int64_t row) const { return a.step->query_start[row]; }
+  int64_t queries(int64_t row) const { return a.step->query_start[row + 1] - a.step->query_start[row]; }
+  int64_t cached(int64_t row) const { return a.step->seq_lens[row] - queries(row); }
 
   // Keys [low, high) that query `t` of the row sees.
   int64_t low(int64_t row, int64_t t) const {
@@ -266,11 +266,11 @@ struct Step {
     int64_t at = cached(row) + t - a.window + 1;
     return at > 0 ? at : 0;
   }
-  int64_t high(int64_t row, int64_t t) const { return a.causal ? cached(row) + t + 1 : a.seq_lens[row]; }
+  int64_t high(int64_t row, int64_t t) const { return a.causal ? cached(row) + t + 1 : a.step->seq_lens[row]; }
 
   template <class Visit>
   void units(const Visit& visit) const {
-    for (int64_t row = 0; row < a.num_rows; row++) {
+    for (int64_t row = 0; row < a.step->num_rows; row++) {
       int64_t n = queries(row);
       for (int64_t query = 0; query < n; query += query_tile) {
         int64_t count = n - query < query_tile ? n - query : query_tile;
@@ -285,7 +285,7 @@ struct Step {
   void write_tokens(int64_t begin_token, int64_t end_token) const {
     int64_t row = 0;
     for (int64_t t = begin_token; t < end_token; t++) {
-      while (t >= a.query_start[row + 1]) row++;
+      while (t >= a.step->query_start[row + 1]) row++;
       int64_t position = cached(row) + t - begin(row);
       int64_t block = table(row)[position / a.block_tokens];
       for (int64_t h = 0; h < a.kv_heads; h++)
@@ -441,18 +441,18 @@ template <class T>
 void attend(const vc::Attend& args) {
   const Step<T> step(args);
   const int threads = vc::team.threads;
-  const int64_t tokens = args.query_start[args.num_rows];
+  const int64_t tokens = args.step->query_start[args.step->num_rows];
   int64_t total = 0;
   step.units([&](const Unit& u) { total += step.tiles(u) * step.cost(u); });
   vc::each_thread(tokens < 8 ? 1 : threads, [&](int index) {
     vc::Share own = vc::share(tokens, 1, index, tokens < 8 ? 1 : threads);
     step.write_tokens(own.begin, own.end);
   });
-  if (args.num_tokens > tokens) {
+  if (args.step->num_tokens > tokens) {
     const int64_t size = args.q_heads * args.dim_v;
-    std::memset(static_cast<T*>(args.out) + tokens * size, 0, (args.num_tokens - tokens) * size * sizeof(T));
+    std::memset(static_cast<T*>(args.out) + tokens * size, 0, (args.step->num_tokens - tokens) * size * sizeof(T));
     if (args.lse)
-      for (int64_t i = tokens * args.q_heads; i < args.num_tokens * args.q_heads; i++) args.lse[i] = NEVER;
+      for (int64_t i = tokens * args.q_heads; i < args.step->num_tokens * args.q_heads; i++) args.lse[i] = NEVER;
   }
   const int64_t size = Sums::size(step.query_tile * step.per_kv, step.width);
   float* left = scratch<T>().left.fit(2 * threads * size);

@@ -83,12 +83,28 @@ void gate_any(const vc::Rows* a, int32_t kind) {
   a->dtype == vc::FLOAT32 ? gate<float>(*a, kind) : gate<bf16>(*a, kind);
 }
 void rope_any(const vc::Rope* a) { a->dtype == vc::FLOAT32 ? rope<float>(*a) : rope<bf16>(*a); }
+void add_any(const vc::Rows* a) { a->dtype == vc::FLOAT32 ? add<float>(*a) : add<bf16>(*a); }
+
+void replay(const vc::Call* calls, int64_t count) {
+  for (const vc::Call* c = calls; c != calls + count; c++) {
+    const auto rows = static_cast<const vc::Rows*>(c->record);
+    switch (c->kind) {
+      case vc::LINEAR: linear_any(static_cast<const vc::Linear*>(c->record), c->x, c->x_stride, c->out, c->m); break;
+      case vc::ATTEND: attend_any(static_cast<const vc::Attend*>(c->record)); break;
+      case vc::RMS_NORM: rms_norm_any(rows); break;
+      case vc::LAYER_NORM: layer_norm_any(rows); break;
+      case vc::GATE: gate_any(rows, c->gate); break;
+      case vc::ROPE: rope_any(static_cast<const vc::Rope*>(c->record)); break;
+      case vc::ADD: add_any(rows); break;
+    }
+  }
+}
 
 }  // namespace
 
 extern const vc::Kernels kernels;
 const vc::Kernels kernels = {VC_TEXT(VC_ISA), packed_bytes, pack_any, unpack_rows, linear_any,
                              attend_any, kv_head_size, move_blocks_any, rms_norm_any, layer_norm_any,
-                             gate_any, rope_any};
+                             gate_any, rope_any, add_any, replay};
 
 }  // namespace VC_ISA

@@ -20,21 +20,27 @@ struct Linear {
   int32_t epilogue;  // 0: none, 1: silu(gate) * up, 2: gelu_tanh(gate) * up
 };
 
-// One step of one attention layer. Rows come as the seam has them; strides are those of tokens.
-struct Attend {
-  void* cache;                // of the layer's pool
-  const int32_t* tables;      // [state rows][table_stride] block ids
-  const int32_t* rows;        // [num_rows] which table is whose
-  const int32_t* seq_lens;    // [num_rows] with the tokens of this step
+// What the attention layers of one step read alike.
+struct AttendStep {
+  const int32_t* tables;       // [state rows][table_stride] block ids
+  const int32_t* rows;         // [num_rows] which table is whose
+  const int32_t* seq_lens;     // [num_rows] with the tokens of this step
   const int32_t* query_start;  // [num_rows + 1]
+  int64_t table_stride, num_rows, num_tokens;
+};
+
+// One attention layer of a step. Rows come as the seam has them; strides are those of tokens.
+struct Attend {
+  const AttendStep* step;
+  void* cache;                // of the layer's pool
   const void* q;              // [num_tokens, q_heads, dim]
   const void* k;
   const void* v;
   void* out;           // [num_tokens, q_heads, dim_v], dense
   float* lse;          // [num_tokens, q_heads] or null
   const float* sinks;  // [q_heads] or null
-  int64_t block_stride, layer, table_stride, q_stride, k_stride, v_stride;
-  int64_t num_rows, num_tokens, q_heads, kv_heads, dim, dim_v, block_tokens;
+  int64_t block_stride, layer, q_stride, k_stride, v_stride;
+  int64_t q_heads, kv_heads, dim, dim_v, block_tokens;
   int64_t window;  // -1: none
   float scale;
   float softcap;  // 0: none
@@ -65,6 +71,18 @@ struct Rope {
   int32_t dtype;
 };
 
+enum Kind : int32_t { LINEAR = 0, ATTEND = 1, RMS_NORM = 2, LAYER_NORM = 3, GATE = 4, ROPE = 5, ADD = 6 };
+
+// One call of a function below, kept to be made again.
+struct Call {
+  int32_t kind;
+  int32_t gate;        // GATE: which
+  const void* record;  // the struct that the function takes
+  const void* x;       // LINEAR: the rest of its arguments
+  void* out;
+  int64_t x_stride, m;
+};
+
 struct Kernels {
   const char* name;
   int64_t (*packed_bytes)(int32_t dtype, int64_t n, int64_t k);
@@ -79,6 +97,8 @@ struct Kernels {
   void (*layer_norm)(const Rows* rows);
   void (*gate)(const Rows* rows, int32_t kind);  // x [rows, 2 size] -> act(x[:, :size]) * x[:, size:]
   void (*rope)(const Rope* rope);
+  void (*add)(const Rows* rows);  // out = x + residual, or x alone
+  void (*replay)(const Call* calls, int64_t count);
 };
 
 }  // namespace vc

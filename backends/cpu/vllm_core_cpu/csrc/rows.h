@@ -32,6 +32,24 @@ VC_INLINE Vec as_kept(Vec x, const bf16*) {
 }
 
 template <class T>
+void add(const vc::Rows& a) {
+  const int threads = threads_for(a.rows * a.size);
+  vc::each_thread(threads, [&](int index) {
+    vc::Share own = vc::share(a.rows, 1, index, threads);
+    for (int64_t row = own.begin; row < own.end; row++) {
+      const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+      const T* residual = a.residual ? static_cast<const T*>(a.residual) + row * a.size : nullptr;
+      T* out = static_cast<T*>(a.out) + row * a.out_stride;
+      by_lanes(a.size, [&](int64_t at, int count) {
+        Vec y = load_up_to(x + at, count);
+        if (residual) y += load_up_to(residual + at, count);
+        store_up_to(out + at, y, count);
+      });
+    }
+  });
+}
+
+template <class T>
 void rms_norm(const vc::Rows& a) {
   const int threads = threads_for(a.rows * a.size);
   vc::each_thread(threads, [&](int index) {

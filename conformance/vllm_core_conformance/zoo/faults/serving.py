@@ -232,31 +232,33 @@ def _full_blocks_kept(runtime: Runtime) -> None:
     replaced(runtime.attention, attend=wrong)
 
 
-def _loop_index(base: Method, body: Any, x: Any, kv: Any, params: Any, specs: Sequence[Any]) -> Any:
+def _loop_index(
+    base: Method, body: Any, x: Any, kv: Any, params: Any, specs: Sequence[Any], shared: Any = ()
+) -> Any:
     """Layers address the cache by their place in the model, wrapped into their group."""
     count: dict[int, int] = {}
     for spec in specs:
         count[spec.attention_index] = count.get(spec.attention_index, 0) + 1
     for place, (layer, spec) in enumerate(zip(params, specs, strict=True)):
-        x, kv = body(x, kv, layer, spec, place % max(count[spec.attention_index], 1))
+        x, kv = body(x, kv, layer, spec, place % max(count[spec.attention_index], 1), *shared)
     return x, kv
 
 
 def _one_layer_of_cache(
-    base: Method, body: Any, x: Any, kv: Any, params: Any, specs: Sequence[Any]
+    base: Method, body: Any, x: Any, kv: Any, params: Any, specs: Sequence[Any], shared: Any = ()
 ) -> Any:
     """The last layer shares the cache of the one before."""
     for layer, spec in zip(params, specs, strict=True):
-        x, kv = body(x, kv, layer, spec, min(spec.kv_layer, max(len(specs) - 2, 0)))
+        x, kv = body(x, kv, layer, spec, min(spec.kv_layer, max(len(specs) - 2, 0)), *shared)
     return x, kv
 
 
 def _first_params(
-    base: Method, body: Any, x: Any, kv: Any, params: Any, specs: Sequence[Any]
+    base: Method, body: Any, x: Any, kv: Any, params: Any, specs: Sequence[Any], shared: Any = ()
 ) -> Any:
     """Equal layers are one run, and a run of more than two wraps."""
     for place, spec in enumerate(specs):
-        x, kv = body(x, kv, params[place if place < 2 else place - 2], spec, spec.kv_layer)
+        x, kv = body(x, kv, params[place if place < 2 else place - 2], spec, spec.kv_layer, *shared)
     return x, kv
 
 
