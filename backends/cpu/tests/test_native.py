@@ -53,7 +53,7 @@ def test_sizes_and_offsets_are_those_that_the_compiler_chose(library: Path) -> N
     layout = native.compiled_layout(compiled)
     assert layout == native.own_layout()
     assert layout["Linear"] == ("s", 0, ctypes.sizeof(native.Linear))
-    assert layout["Linear.k"] == ("l", 24, 8)
+    assert layout["Linear.k"] == ("l", 40, 8)
 
 
 def test_constants_are_those_of_the_sources() -> None:
@@ -162,7 +162,7 @@ def test_a_product_on_threads_of_torch_is_torchs_own(kernels: native.Native, thr
         x, weight, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
         packed = torch.empty(kernels.packed_bytes(native.FLOAT32, n, k), dtype=torch.uint8)
         kernels.pack(native.FLOAT32, weight.data_ptr(), k, n, k, packed.data_ptr())
-        record = native.Linear(packed.data_ptr(), None, n, k, native.FLOAT32, native.FLOAT32, 0)
+        record = native.Linear(packed=packed.data_ptr(), n=n, k=k, out_stride=n)
         kernels.linear(ctypes.addressof(record), x.data_ptr(), k, out.data_ptr(), m)
         torch.testing.assert_close(out, x @ weight.T, rtol=1e-5, atol=1e-4)
     finally:

@@ -46,11 +46,31 @@ class Linear(ctypes.Structure):
     _fields_ = (
         ("packed", c_void_p),
         ("bias", c_void_p),
+        ("scales", c_void_p),
+        ("mins", c_void_p),
         ("n", c_int64),
         ("k", c_int64),
+        ("out_stride", c_int64),
+        ("group", c_int64),
+        ("bits", c_int32),
+        ("wide_inputs", c_int32),
         ("dtype", c_int32),
         ("out_dtype", c_int32),
         ("epilogue", c_int32),
+    )
+
+
+class Codes(ctypes.Structure):
+    """A weight in codes before it is packed."""
+
+    _fields_ = (
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("mins", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("group", c_int64),
+        ("bits", c_int32),
     )
 
 
@@ -148,12 +168,15 @@ class Call(ctypes.Structure):
     )
 
 
-STRUCTS = (Linear, AttendStep, Attend, Rows, Rope, Call)
+STRUCTS = (Linear, Codes, AttendStep, Attend, Rows, Rope, Call)
 
 SIGNATURES: Mapping[str, str] = {
     "packed_bytes": "l(ill)",  # dtype, n, k
     "pack": "v(iplllp)",  # dtype, weight, stride, n, k, out
-    "unpack_rows": "v(ipplllp)",  # dtype, packed, rows, count, n, k, out
+    "packed_code_bytes": "l(ill)",  # bits, n, k
+    "quantize": "i(ipppp)",  # dtype, weight, Codes, codes, scales
+    "pack_codes": "v(pppp)",  # Codes, out, scales, mins
+    "unpack_rows": "v(pplp)",  # Linear, rows, count, out
     "linear": "v(pplpl)",  # Linear, x, x_stride, out, m
     "attend": "v(p)",  # Attend
     "kv_head_size": "l(illl)",  # dtype, dim, dim_v, block_tokens
@@ -212,6 +235,9 @@ class Native:
     library: ctypes.CDLL = field(repr=False)
     packed_bytes: Size = field(repr=False)
     pack: Function = field(repr=False)
+    packed_code_bytes: Size = field(repr=False)
+    quantize: Size = field(repr=False)
+    pack_codes: Function = field(repr=False)
     unpack_rows: Function = field(repr=False)
     linear: Function = field(repr=False)
     attend: Function = field(repr=False)

@@ -16,7 +16,7 @@ from vllm_core.ops import Param
 from vllm_core.ops.interface import LayerBody
 from vllm_core_cpu import native
 from vllm_core_cpu.recorded import MAX_TOKENS, WalkRecorder
-from vllm_core_cpu.weights import DTYPES, EPILOGUES, Packed
+from vllm_core_cpu.weights import DTYPES, EPILOGUES, Packed, unpack
 
 Tensor = torch.Tensor
 
@@ -40,13 +40,7 @@ class CpuOps(TorchOps):
         facts = param.static
         if not isinstance(facts, Packed):
             return super().embed(ids, param)
-        ids = ids.to(torch.int32).contiguous()
-        out = torch.empty((*ids.shape, facts.k), dtype=facts.dtype)
-        self.kernels.unpack_rows(
-            facts.plain.dtype, facts.plain.packed, ids.data_ptr(), ids.numel(), facts.n, facts.k,
-            out.data_ptr(),
-        )  # fmt: skip
-        return out
+        return unpack(self.kernels, facts, ids.to(torch.int32).contiguous())
 
     def linear(self, x: Tensor, param: Param) -> Tensor:
         facts = param.static
@@ -62,7 +56,7 @@ class CpuOps(TorchOps):
 
     def gated_linear(self, x: Tensor, param: Param, kind: str) -> Tensor:
         facts = param.static
-        if not isinstance(facts, Packed) or kind not in facts.gated:
+        if not isinstance(facts, Packed) or kind not in facts.gates:
             plain: Tensor = super().gated_linear(x, param, kind)
             return plain
         return self._product(x, facts, kind, facts.n // 2, facts.dtype)
@@ -72,9 +66,11 @@ class CpuOps(TorchOps):
         if x.dtype != facts.dtype or x.stride(-1) != 1:
             x = x.to(facts.dtype).contiguous()
         out = torch.empty((count, n), dtype=dtype)
-        self.kernels.linear(
-            facts.addresses[kind], x.data_ptr(), x.stride(0), out.data_ptr(), count
-        )
+        to, width = out.data_ptr(), out.itemsize
+        for piece in facts.pieces:
+            self.kernels.linear(
+                piece.addresses[kind], x.data_ptr(), x.stride(0), to + piece.first * width, count
+            )
         return out
 
     def layers(

@@ -66,8 +66,9 @@ void check_unpack(const Case<T>& c) {
   for (bool all : {true, false}) {
     int64_t count = all ? c.rows : static_cast<int64_t>(some.size());
     Guarded<T> out(count * k);
-    kernels->unpack_rows(dtype_of<T>(), c.packed.data(), all ? nullptr : some.data(), count, c.rows, k,
-                         out.data());
+    vc::Linear weight = {};
+    weight.packed = c.packed.data(), weight.n = c.rows, weight.k = k, weight.dtype = dtype_of<T>();
+    kernels->unpack_rows(&weight, all ? nullptr : some.data(), count, out.data());
     for (int64_t i = 0; i < count; i++) {
       int64_t row = all ? i : some[static_cast<size_t>(i)];
       check(!std::memcmp(&out[i * k], &c.weight[row * c.w_stride], static_cast<size_t>(k) * sizeof(T)),
@@ -85,8 +86,10 @@ template <class T, class Out>
 void check_linear(const Case<T>& c, bool biased, int epilogue) {
   const Shape s = c.shape;
   Guarded<Out> out(s.m * s.n, narrow<Out>(NOT_READ));
-  vc::Linear weight = {c.packed.data(), biased ? c.bias.data() : nullptr, s.n, s.k,
-                       dtype_of<T>(), dtype_of<Out>(), epilogue};
+  vc::Linear weight = {};
+  weight.packed = c.packed.data(), weight.bias = biased ? c.bias.data() : nullptr;
+  weight.n = weight.out_stride = s.n, weight.k = s.k;
+  weight.dtype = dtype_of<T>(), weight.out_dtype = dtype_of<Out>(), weight.epilogue = epilogue;
   kernels->linear(&weight, c.x.data(), c.x_stride, out.data(), s.m);
   // A sum of k products in any order, each rounded: sqrt(k) roundings are usual, all k possible.
   const double noise = (4 + 2 * std::sqrt(static_cast<double>(s.k))) * unit<float>();

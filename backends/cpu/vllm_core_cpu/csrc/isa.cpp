@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "kernels.h"
 #include "linear.h"
+#include "quantized.h"
 #include "rows.h"
 
 #define VC_TEXT_OF(x) #x
@@ -22,35 +23,60 @@ void pack_any(int32_t dtype, const void* weight, int64_t stride, int64_t n, int6
     pack(static_cast<const bf16*>(weight), stride, n, k, static_cast<bf16*>(out), vc::team.threads);
 }
 
+int64_t packed_code_bytes(int32_t bits, int64_t n, int64_t k) {
+  return (n + PANEL - 1) / PANEL * code_columns(k) * PANEL * bits / 8;
+}
+
+// 0 where a number of the weight is none.
+int32_t quantize_any(int32_t dtype, const void* weight, const vc::Codes* shape, void* codes, void* scales) {
+  const auto to = static_cast<uint8_t*>(codes);
+  const auto own = static_cast<float*>(scales);
+  return dtype == vc::FLOAT32 ? quantize(static_cast<const float*>(weight), *shape, to, own, vc::team.threads)
+                              : quantize(static_cast<const bf16*>(weight), *shape, to, own, vc::team.threads);
+}
+
+void pack_codes_any(const vc::Codes* codes, void* out, void* scales, void* mins) {
+  pack_codes(*codes, static_cast<uint8_t*>(out), static_cast<float*>(scales), static_cast<float*>(mins),
+             vc::team.threads);
+}
+
+Coded coded_of(const vc::Linear& w) { return coded(w.packed, w.scales, w.mins, w.k, w.group, w.bits); }
+
 template <class T>
-void unpack_all(const T* packed, const int32_t* rows, int64_t count, int64_t n, int64_t k, T* out) {
-  for (int64_t i = 0; i < count; i++) {
+void unpack_all(const vc::Linear& w, const int32_t* rows, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; i++, out += w.k) {
     int64_t row = rows ? rows[i] : i;
-    row = row < 0 ? 0 : row < n ? row : n - 1;
-    unpack_row(packed, row, k, out + i * k);
+    row = row < 0 ? 0 : row < w.n ? row : w.n - 1;
+    w.bits ? unpack_code_row(coded_of(w), row, out) : unpack_row(static_cast<const T*>(w.packed), row, w.k, out);
   }
 }
 
-// rows null: all.
-void unpack_rows(int32_t dtype, const void* packed, const int32_t* rows, int64_t count, int64_t n,
-                 int64_t k, void* out) {
-  if (dtype == vc::FLOAT32)
-    unpack_all(static_cast<const float*>(packed), rows, count, n, k, static_cast<float*>(out));
+void unpack_rows(const vc::Linear* w, const int32_t* rows, int64_t count, void* out) {
+  if (w->dtype == vc::FLOAT32)
+    unpack_all(*w, rows, count, static_cast<float*>(out));
   else
-    unpack_all(static_cast<const bf16*>(packed), rows, count, n, k, static_cast<bf16*>(out));
+    unpack_all(*w, rows, count, static_cast<bf16*>(out));
+}
+
+template <class T, class Out>
+void linear_of(const vc::Linear& w, const void* x, int64_t x_stride, void* out, int64_t m) {
+  const T* from = static_cast<const T*>(x);
+  Out* to = static_cast<Out*>(out);
+  if (w.bits)
+    coded_linear(coded_of(w), w.wide_inputs, w.bias, from, x_stride, to, w.out_stride, m, w.n, w.epilogue,
+                 vc::team.threads);
+  else
+    linear(static_cast<const T*>(w.packed), w.bias, from, x_stride, to, w.out_stride, m, w.n, w.k, w.epilogue,
+           vc::team.threads);
 }
 
 void linear_any(const vc::Linear* w, const void* x, int64_t x_stride, void* out, int64_t m) {
-  int threads = vc::team.threads;
   if (w->dtype == vc::FLOAT32)
-    linear(static_cast<const float*>(w->packed), w->bias, static_cast<const float*>(x), x_stride,
-           static_cast<float*>(out), w->n, m, w->n, w->k, w->epilogue, threads);
+    linear_of<float, float>(*w, x, x_stride, out, m);
   else if (w->out_dtype == vc::FLOAT32)
-    linear(static_cast<const bf16*>(w->packed), w->bias, static_cast<const bf16*>(x), x_stride,
-           static_cast<float*>(out), w->n, m, w->n, w->k, w->epilogue, threads);
+    linear_of<bf16, float>(*w, x, x_stride, out, m);
   else
-    linear(static_cast<const bf16*>(w->packed), w->bias, static_cast<const bf16*>(x), x_stride,
-           static_cast<bf16*>(out), w->n, m, w->n, w->k, w->epilogue, threads);
+    linear_of<bf16, bf16>(*w, x, x_stride, out, m);
 }
 
 void attend_any(const vc::Attend* a) {
@@ -103,8 +129,8 @@ void replay(const vc::Call* calls, int64_t count) {
 }  // namespace
 
 extern const vc::Kernels kernels;
-const vc::Kernels kernels = {VC_TEXT(VC_ISA), packed_bytes, pack_any, unpack_rows, linear_any,
-                             attend_any, kv_head_size, move_blocks_any, rms_norm_any, layer_norm_any,
+const vc::Kernels kernels = {VC_TEXT(VC_ISA), packed_bytes, pack_any, packed_code_bytes, quantize_any, pack_codes_any,
+                             unpack_rows, linear_any, attend_any, kv_head_size, move_blocks_any, rms_norm_any, layer_norm_any,
                              gate_any, rope_any, add_any, replay};
 
 }  // namespace VC_ISA

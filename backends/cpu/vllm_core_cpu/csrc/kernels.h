@@ -13,11 +13,26 @@ enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
 // One packed weight: what linear needs of it beside x.
 struct Linear {
   const void* packed;
-  const float* bias;  // or null
-  int64_t n, k;       // gated: n results of 2n rows
-  int32_t dtype;      // of x and the weight
+  const float* bias;    // or null
+  const float* scales;  // of codes; packed too
+  const float* mins;    // or null
+  int64_t n, k;         // gated: n results of 2n rows
+  int64_t out_stride;   // of rows of the result
+  int64_t group;        // columns that share a scale
+  int32_t bits;         // of a code; 0: numbers
+  int32_t wide_inputs;  // of codes: 1, inputs stay numbers
+  int32_t dtype;        // of x, and of the weight where it is numbers
   int32_t out_dtype;
   int32_t epilogue;  // 0: none, 1: silu(gate) * up, 2: gelu_tanh(gate) * up
+};
+
+// A weight in codes before it is packed.
+struct Codes {
+  const uint8_t* codes;  // [n, k], a byte each
+  const float* scales;   // [n, k / group]
+  const float* mins;     // or null
+  int64_t n, k, group;
+  int32_t bits;
 };
 
 // What the attention layers of one step read alike.
@@ -87,7 +102,10 @@ struct Kernels {
   const char* name;
   int64_t (*packed_bytes)(int32_t dtype, int64_t n, int64_t k);
   void (*pack)(int32_t dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* out);
-  void (*unpack_rows)(int32_t dtype, const void* packed, const int32_t* rows, int64_t count, int64_t n, int64_t k, void* out);
+  int64_t (*packed_code_bytes)(int32_t bits, int64_t n, int64_t k);
+  int32_t (*quantize)(int32_t dtype, const void* weight, const Codes* shape, void* codes, void* scales);
+  void (*pack_codes)(const Codes* codes, void* out, void* scales, void* mins);
+  void (*unpack_rows)(const Linear* weight, const int32_t* rows, int64_t count, void* out);  // rows null: all
   void (*linear)(const Linear* weight, const void* x, int64_t x_stride, void* out, int64_t m);
   void (*attend)(const Attend* step);
   int64_t (*kv_head_size)(int32_t dtype, int64_t dim, int64_t dim_v, int64_t block_tokens);  // elements

@@ -27,6 +27,8 @@ constexpr int TILE_ROWS = 3, TILE_VECTORS = 2;
 #endif
 constexpr int BLOCK_ROWS = 96;     // rows whose sums wait while K is cut
 constexpr int BLOCK_K = 5120;      // of a panel this much stays in the second-level cache
+constexpr int FEW_ROWS = 24;       // memory-bound: all of them pass a piece of the panel
+constexpr int FEW_K = 128;         // of this length, which stays in the first-level cache
 constexpr int AHEAD = 4096;        // bytes of a panel that are asked for while it is read once
 constexpr int LINE = 64;           // bytes that memory gives at a time
 
@@ -61,6 +63,13 @@ constexpr int64_t steps_of(int64_t k) {
 template <class T>
 constexpr int64_t panel_size(int64_t k) {  // elements
   return steps_of<T>(k) * Numbers<T>::STEP * PANEL;
+}
+
+// Numbers of two columns of K of a weight, W of its rows, to where they stand in a panel.
+VC_INLINE void put_two(float* to, Vec a, Vec b) { store(to, a), store(to + PANEL, b); }
+VC_INLINE void put_two(bf16* to, Vec a, Vec b) {
+  const UVec pairs = __builtin_convertvector(narrow(a), UVec) | __builtin_convertvector(narrow(b), UVec) << 16;
+  *reinterpret_cast<UVec_u*>(to) = pairs;
 }
 
 // A panel is a matrix of 4-byte units, turned: in blocks of a line of each row, which stay in the
@@ -166,19 +175,22 @@ VC_INLINE void rows_or_fewer(int rows, const T* x, int64_t stride, int64_t k, co
 }
 
 // All rows of a block x one panel; `next`: the one that follows. Tiles are as equal as they can be:
-// 8 rows are 4 and 4.
+// 8 rows are 4 and 4. add: onto what stands in wait.
 template <class T>
-void block_by_panel(int64_t m, const T* x, int64_t stride, int64_t k, const T* panel, const T* next, float* wait) {
+void block_by_panel(int64_t m, const T* x, int64_t stride, int64_t k, const T* panel, const T* next, float* wait,
+                    bool add = false) {
   int64_t tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
-  for (int64_t from = 0; from < k; from += BLOCK_K) {
-    int64_t part = k - from < BLOCK_K ? k - from : BLOCK_K;
+  const int64_t most = m <= FEW_ROWS && tiles > 1 ? FEW_K : BLOCK_K;
+  for (int64_t from = 0; from < k; from += most) {
+    int64_t part = k - from < most ? k - from : most;
     for (int64_t t = 0; t < tiles; t++) {
       int64_t row = m * t / tiles, rows = m * (t + 1) / tiles - row;
       const int64_t bytes = steps_of<T>(part) * Numbers<T>::STEP * PANEL * sizeof(T), own = bytes / tiles;
-      Request request = {reinterpret_cast<const char*>(next + from * PANEL) + own * t, own};
+      const T* after = from + part < k ? panel + (from + part) * PANEL : next;
+      Request request = {reinterpret_cast<const char*>(after) + own * t, own};
       if (tiles == 1) request = {reinterpret_cast<const char*>(panel + from * PANEL) + AHEAD, bytes};
       rows_or_fewer<T, TILE_ROWS>(static_cast<int>(rows), x + row * stride + from, stride, part,
-                                  panel + from * PANEL, request, wait + row * PANEL, from > 0);
+                                  panel + from * PANEL, request, wait + row * PANEL, add || from > 0);
     }
   }
 }

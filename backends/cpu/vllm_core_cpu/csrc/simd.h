@@ -151,6 +151,48 @@ VC_INLINE UVec load_pairs(const bf16* p) {
   return *reinterpret_cast<const UVec_u*>(p);
 }
 
+template <class T>
+VC_INLINE T as_number(float x);
+template <>
+VC_INLINE float as_number<float>(float x) { return x; }
+template <>
+VC_INLINE bf16 as_number<bf16>(float x) { return to_bf16(x); }
+
+// ---- 8 bits
+VC_INLINE IVec load(const int32_t* p) { return *reinterpret_cast<const IVec_u*>(p); }
+VC_INLINE UVec load(const uint32_t* p) { return *reinterpret_cast<const UVec_u*>(p); }
+
+// Four signed bytes in every lane.
+VC_INLINE IVec set_four(const int8_t* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, 4);
+  return iset(bits);
+}
+
+// acc[lane] += sum of b[lane].byte * a[lane].byte over four bytes: those of b unsigned, of a signed.
+VC_INLINE IVec dot4(IVec acc, UVec b, IVec a) {
+#if defined(__AVX512VNNI__)
+  return (IVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)b, (__m512i)a);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_set1_epi16(0xff), x = (__m256i)a, y = (__m256i)b;
+  __m256i even = _mm256_madd_epi16(_mm256_and_si256(y, low), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(y, 8), _mm256_srai_epi16(x, 8));
+  return acc + (IVec)even + (IVec)odd;
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  return (IVec)vusdotq_s32((int32x4_t)acc, (uint8x16_t)b, (int8x16_t)a);
+#else
+  acc += (IVec)(b & 255) * (a << 24 >> 24) + (IVec)(b >> 8 & 255) * (a << 16 >> 24);
+  return acc + (IVec)(b >> 16 & 255) * (a << 8 >> 24) + (IVec)(b >> 24) * (a >> 24);
+#endif
+}
+
+// To the nearest integer, ties to even; |x| below 2^22.
+VC_INLINE IVec to_nearest(Vec x) {
+  const Vec magic = set(12582912.0f);  // 1.5 * 2^23
+  return (IVec)(x + magic) - (IVec)magic;
+}
+VC_INLINE Vec to_floats(IVec x) { return __builtin_convertvector(x, Vec); }
+
 // ---- functions
 // e^x to about one unit in the last place; 0 below -87.3 (also for -inf), no more than e^88; NaN stays.
 VC_INLINE Vec vexp(Vec x) {
