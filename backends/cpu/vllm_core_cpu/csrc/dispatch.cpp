@@ -25,6 +25,7 @@
 
 namespace vc {
 Team team;
+thread_local Pool* pool = nullptr;
 }
 
 VC_DECLARE(generic)

@@ -111,7 +111,7 @@ void gate_any(const vc::Rows* a, int32_t kind) {
 void rope_any(const vc::Rope* a) { a->dtype == vc::FLOAT32 ? rope<float>(*a) : rope<bf16>(*a); }
 void add_any(const vc::Rows* a) { a->dtype == vc::FLOAT32 ? add<float>(*a) : add<bf16>(*a); }
 
-void replay(const vc::Call* calls, int64_t count) {
+void replay_all(const vc::Call* calls, int64_t count) {
   for (const vc::Call* c = calls; c != calls + count; c++) {
     const auto rows = static_cast<const vc::Rows*>(c->record);
     switch (c->kind) {
@@ -124,6 +124,10 @@ void replay(const vc::Call* calls, int64_t count) {
       case vc::ADD: add_any(rows); break;
     }
   }
+}
+
+void replay(const vc::Call* calls, int64_t count) {
+  vc::together(vc::team.threads, [&] { replay_all(calls, count); });
 }
 
 }  // namespace

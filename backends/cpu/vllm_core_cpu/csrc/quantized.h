@@ -48,24 +48,21 @@ VC_INLINE int64_t code_at(int bits, int64_t lane, int64_t column, int* shift) {
 // from.codes [n, k] a byte each, scales and mins [n, groups] -> packed.
 inline void pack_codes(const vc::Codes& from, uint8_t* out, float* scales, float* mins, int threads) {
   const Coded c = coded(out, scales, mins, from.k, from.group, from.bits);
-  vc::each_thread(threads, [&](int index) {
-    vc::Share own = vc::share((from.n + PANEL - 1) / PANEL, 1, index, threads);
-    for (int64_t p = own.begin; p < own.end; p++) {
-      uint8_t* to = out + p * c.panel_bytes;
-      const int64_t rows = from.n - p * PANEL < PANEL ? from.n - p * PANEL : PANEL;
-      std::memset(to, 0, c.panel_bytes);
-      for (int64_t lane = 0; lane < PANEL; lane++) {
-        const uint8_t* codes = from.codes + (p * PANEL + lane) * from.k;
-        for (int64_t at = 0; lane < rows && at < from.k; at++) {
-          int shift;
-          const int64_t byte = code_at(from.bits, lane, at, &shift);
-          to[byte] = static_cast<uint8_t>(to[byte] | codes[at] << shift);
-        }
-        for (int64_t g = 0; g < c.groups; g++) {
-          const int64_t here = (p * c.groups + g) * PANEL + lane, there = (p * PANEL + lane) * c.groups + g;
-          scales[here] = lane < rows ? from.scales[there] : 0;
-          if (mins) mins[here] = lane < rows ? from.mins[there] : 0;
-        }
+  vc::each_item((from.n + PANEL - 1) / PANEL, threads, [&](int64_t p) {
+    uint8_t* to = out + p * c.panel_bytes;
+    const int64_t rows = from.n - p * PANEL < PANEL ? from.n - p * PANEL : PANEL;
+    std::memset(to, 0, c.panel_bytes);
+    for (int64_t lane = 0; lane < PANEL; lane++) {
+      const uint8_t* codes = from.codes + (p * PANEL + lane) * from.k;
+      for (int64_t at = 0; lane < rows && at < from.k; at++) {
+        int shift;
+        const int64_t byte = code_at(from.bits, lane, at, &shift);
+        to[byte] = static_cast<uint8_t>(to[byte] | codes[at] << shift);
+      }
+      for (int64_t g = 0; g < c.groups; g++) {
+        const int64_t here = (p * c.groups + g) * PANEL + lane, there = (p * PANEL + lane) * c.groups + g;
+        scales[here] = lane < rows ? from.scales[there] : 0;
+        if (mins) mins[here] = lane < rows ? from.mins[there] : 0;
       }
     }
   });
@@ -272,7 +269,8 @@ void widen(const Coded& c, int64_t panel, int64_t from, int64_t count, T* out) {
 }
 
 template <class T>
-void numbers_by_panel(int64_t m, const T* x, int64_t stride, const Coded& c, int64_t panel, T* room, float* wait) {
+void numbers_by_panel(int64_t m, const T* x, int64_t stride, const Coded& c, int64_t panel, float* wait) {
+  alignas(64) T room[PIECE_K * PANEL];
   for (int64_t from = 0; from < c.k; from += PIECE_K) {
     const int64_t part = c.k - from < PIECE_K ? c.k - from : PIECE_K, columns = code_columns(part);
     c.bits == 8 ? widen<T, 8>(c, panel, from, columns, room) : widen<T, 4>(c, panel, from, columns, room);
@@ -289,27 +287,23 @@ void coded_linear(const Coded& c, bool wide, const float* bias, const T* x, int6
   const Inputs inputs = wide ? Inputs{} : quantize_inputs(x, x_stride, m, c, room, threads);
   const int64_t panels = (n + PANEL - 1) / PANEL;
   const bool gated = epilogue != PLAIN;
-  vc::each_thread(threads, [&](int index) {
+  vc::each_item(panels, threads, [&](int64_t p) {
     alignas(64) float sums[BLOCK_ROWS * PANEL], gates[BLOCK_ROWS * PANEL];
-    alignas(64) T numbers[PIECE_K * PANEL];
-    vc::Share own = vc::share(panels, 1, index, threads);
     const auto block = [&](int64_t row, int64_t rows, int64_t panel, int64_t next, float* wait) {
       if (wide)
-        numbers_by_panel(rows, x + row * x_stride, x_stride, c, panel, numbers, wait);
+        numbers_by_panel(rows, x + row * x_stride, x_stride, c, panel, wait);
       else if (c.bits == 8)
         codes_by_panel<8>(rows, inputs, row, c, panel, next, wait);
       else
         codes_by_panel<4>(rows, inputs, row, c, panel, next, wait);
     };
-    for (int64_t p = own.begin; p < own.end; p++) {
-      const int64_t columns = n - p * PANEL < PANEL ? n - p * PANEL : PANEL, up = p + panels;
-      for (int64_t row = 0; row < m; row += BLOCK_ROWS) {
-        const int64_t rows = m - row < BLOCK_ROWS ? m - row : BLOCK_ROWS;
-        if (gated) block(row, rows, p, up, gates);
-        block(row, rows, gated ? up : p, p + 1, sums);
-        finish(rows, columns, sums, gated ? gates : nullptr, bias ? bias + p * PANEL + (gated ? n : 0) : nullptr,
-               gated && bias ? bias + p * PANEL : nullptr, epilogue, out + row * out_stride + p * PANEL, out_stride);
-      }
+    const int64_t columns = n - p * PANEL < PANEL ? n - p * PANEL : PANEL, up = p + panels;
+    for (int64_t row = 0; row < m; row += BLOCK_ROWS) {
+      const int64_t rows = m - row < BLOCK_ROWS ? m - row : BLOCK_ROWS;
+      if (gated) block(row, rows, p, up, gates);
+      block(row, rows, gated ? up : p, p + 1, sums);
+      finish(rows, columns, sums, gated ? gates : nullptr, bias ? bias + p * PANEL + (gated ? n : 0) : nullptr,
+             gated && bias ? bias + p * PANEL : nullptr, epilogue, out + row * out_stride + p * PANEL, out_stride);
     }
   });
 }
