@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_core.bindings.torch.convert import to_host
 from vllm_core.errors import WeightError
 from vllm_core.ops import quantized
 from vllm_core_cpu import native, weights
@@ -52,16 +53,16 @@ def test_the_kernel_quantises_as_the_law_does(
     group = quantized.group_for(bits, size)
     assert group is not None
     law = quantized.quantize(weight.float().numpy(), bits, group)
-    found = weights.quantize(kernels, weight, scheme)
+    found = weights.quantize(kernels, to_host(weight), bits, group)
     for name, expected in law.items():
-        np.testing.assert_array_equal(found.tensors[name], expected, err_msg=name)
+        np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
 
 def test_a_weight_with_nan_is_not_quantised(kernels: native.Native) -> None:
     weight = weight_of(4, 64, torch.float32)
     weight[3, 63] = float("nan")
     with pytest.raises(WeightError, match="NaN"):
-        weights.quantize(kernels, weight, "int8")
+        weights.quantize(kernels, weight.numpy(), 8, 32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +71,10 @@ def test_pieces_in_other_codes_lie_one_below_the_other(
 ) -> None:
     dense = [weight_of(rows, 128, dtype) for rows in (70, 64, 30)]
     schemes = ("int4", "int4", "int8")
-    parts = [weights.quantize(kernels, w, s) for w, s in zip(dense, schemes, strict=True)]
+    parts = [
+        weights.Codes(s, weights.quantize(kernels, to_host(w), quantized.BITS[s], 64))
+        for w, s in zip(dense, schemes, strict=True)
+    ]
     bias = torch.arange(164, dtype=torch.float32)
     _, packed = weights.pack_codes(kernels, parts, bias, dtype)
     assert [(piece.first, piece.rows) for piece in packed.pieces] == [(0, 134), (134, 30)]

@@ -21,6 +21,7 @@ from vllm_core.bindings.torch.convert import dtype_of, from_host, to_host
 from vllm_core.errors import InvalidArgument, NotSupported, OutOfMemory
 from vllm_core.ops import BucketKey, DeviceState, HostArray, StepInput, StepView
 from vllm_core_cpu import native
+from vllm_core_cpu.memory import zeros
 from vllm_core_cpu.weights import DTYPES
 
 Tensor = torch.Tensor
@@ -74,10 +75,12 @@ class CpuAttention(AttentionBackend):
                 raise InvalidArgument("groups of one pool must have blocks of one size")
         try:
             return tuple(
-                torch.zeros(num_blocks[pool], sizes[pool], dtype=self.dtype)
+                zeros(num_blocks[pool] * sizes[pool] * self.dtype.itemsize)
+                .view(self.dtype)
+                .view(num_blocks[pool], sizes[pool])
                 for pool in sorted(sizes)
             )
-        except (RuntimeError, MemoryError) as error:
+        except (OSError, RuntimeError, MemoryError) as error:
             raise OutOfMemory(
                 f"no memory for {num_blocks} KV blocks (by pool); lower num_kv_blocks or "
                 "memory_utilization"

@@ -6,22 +6,25 @@ Knows: what is packed, and when the portable ops must do. Does not know: layouts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from vllm_core.backend import OpenConfig, RectangleTables, Runtime
 from vllm_core.bindings import torch as binding
-from vllm_core.bindings.parts import dense_tensors
+from vllm_core.bindings.parts import dense_tensors, stored_parts
 from vllm_core.bindings.torch import TorchRuntime
 from vllm_core.bindings.torch.convert import dtype_of, from_host, to_host
-from vllm_core.errors import OutOfMemory
-from vllm_core.ops import HostArray, Param, ParamSpec, Part
+from vllm_core.errors import OutOfMemory, WeightError
+from vllm_core.ops import HostArray, Param, ParamSpec, Part, quantized
 from vllm_core_cpu import native
 from vllm_core_cpu.attention import CpuAttention
+from vllm_core_cpu.memory import Chunks
 from vllm_core_cpu.ops import CpuOps
 from vllm_core_cpu.recorded import WalkRecorder
-from vllm_core_cpu.weights import Packed, pack, unpack
+from vllm_core_cpu.weights import Codes, Packed, pack, pack_codes, quantize, unpack
 
 DTYPES = ("float32", "bfloat16")
 """What the kernels compute in; other models take the portable ops."""
@@ -47,9 +50,11 @@ class CpuRuntime(TorchRuntime):
     def __init__(self, kernels: native.Native, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._kernels = kernels
+        self._chunks = Chunks()
         if self.dtype not in DTYPES:
             return
         kernels.set_threads(self.threads)
+        self.caps = replace(self.caps, native_schemes=frozenset(quantized.BITS))
         self.ops = CpuOps(kernels, self.torch_device, self.synchronize)
         self.attention = CpuAttention(kernels, self.dtype, self.synchronize)
         self.ops.walks = WalkRecorder(kernels, self.ops, self.attention)
@@ -59,17 +64,34 @@ class CpuRuntime(TorchRuntime):
         is_product = spec.role in ("linear", "embedding") and len(spec.shape) == 2
         if self.dtype not in DTYPES or not is_product:
             return super()._load(spec, parts)
-        dtype = dtype_of(self.dtype)
         try:
-            found = {
-                name: [from_host(x).to(dtype) for x in tensors]
-                for name, tensors in dense_tensors(spec, parts).items()
-            }
-            tensors = {name: xs[0] if len(xs) == 1 else torch.cat(xs) for name, xs in found.items()}
+            if all((spec.scheme if x.scheme == "dense" else x.scheme) != "dense" for x in parts):
+                return self._load_codes(spec, parts)
+            tensors = self._joined(dense_tensors(spec, parts))
             spec.check(tensors["weight"].shape)
-            return Param(*pack(self._kernels, tensors["weight"], tensors.get("bias")))
+            return Param(*pack(self._kernels, tensors["weight"], tensors.get("bias"), self._chunks.take))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(f"no memory for the weight {spec.name} {list(spec.shape)}") from error
+
+    def _joined(self, tensors: dict[str, list[HostArray]]) -> dict[str, torch.Tensor]:
+        dtype = dtype_of(self.dtype)
+        found = {name: [from_host(x).to(dtype) for x in xs] for name, xs in tensors.items()}
+        return {name: xs[0] if len(xs) == 1 else torch.cat(xs) for name, xs in found.items()}
+
+    def _load_codes(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
+        """Parts that come in codes, or are to be quantised."""
+        codes, biases = [], []
+        for part in stored_parts(spec, parts, partial(quantize, self._kernels)):
+            bias = part.tensors.pop("bias", None)
+            biases += [] if bias is None else [bias]
+            codes.append(Codes(part.scheme, part.tensors))
+        if len(biases) not in (0, len(parts)):
+            raise WeightError(f"{spec.name}: {len(biases)} of {len(parts)} parts have a bias")
+        bias = self._joined({"bias": biases})["bias"] if biases else None
+        dtype = dtype_of(self.dtype)
+        arrays, facts = pack_codes(self._kernels, codes, bias, dtype, self._chunks.take)
+        spec.check((facts.n, facts.k))
+        return Param(arrays, facts)
 
     def close(self) -> None:
         super().close()
@@ -81,7 +103,7 @@ class CpuRuntime(TorchRuntime):
         if not isinstance(facts, Packed):
             return super().unload(param)
         self.synchronize()
-        found = {"weight": to_host(unpack(self._kernels, param["packed"], facts))}
+        found = {"weight": to_host(unpack(self._kernels, facts))}
         bias = param.get("bias")
         if bias is not None:
             found["bias"] = to_host(bias.to(facts.dtype, copy=True))

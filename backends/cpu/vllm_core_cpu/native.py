@@ -1,14 +1,14 @@
 """Our own kernels: the shared library, the instruction set of this processor, typed functions.
 
     kernels, why_not = native.load()      # Native, or None: then portable ops run
-    kernels.set_threads(2)                # of torch's own threads
+    kernels.set_threads(2)                # that calls run on
     kernels.linear(ctypes.addressof(weight), x.data_ptr(), x.stride(0), out.data_ptr(), m)
 
 The structs mirror csrc/kernels.h; when the library is loaded every offset and every signature is
 compared with what its compiler saw. Calls release the interpreter's lock.
 
-Knows: the C interface, how a library is found and why not. Does not know: tensors, what kernels
-compute. Imports torch when a team is asked for, not before.
+Knows: the C interface, how a library is found and why not. Does not know: tensors, frameworks, what
+kernels compute.
 """
 
 from __future__ import annotations
@@ -186,6 +186,7 @@ SIGNATURES: Mapping[str, str] = {
     "gate": "v(pi)",  # Rows, kind
     "rope": "v(p)",  # Rope
     "add": "v(p)",  # Rows
+    "largest": "v(pllpp)",  # x, rows, size, index, value
     "replay": "v(pl)",  # Calls, count
 }
 """Every function, in the order of the C table: p pointer, i int32, l int64, f float, v nothing. A
@@ -248,26 +249,21 @@ class Native:
     gate: Function = field(repr=False)
     rope: Function = field(repr=False)
     add: Function = field(repr=False)
+    largest: Function = field(repr=False)
     replay: Function = field(repr=False)
 
     def set_threads(self, threads: int) -> None:
-        """From now on kernels, of the whole process, run on `threads` of torch's threads; torch
-        itself must have as many in the thread that calls them. 1: in the caller's thread."""
-        entry = _torch_entry() if threads > 1 else None
-        if isinstance(entry, Absent):
-            raise InvalidArgument(f"{threads} threads: {entry.reason}; {entry.fix}")
-        self.library.vc_set_team(entry, threads)
+        """From now on kernels, of the whole process, run on the caller's thread and threads - 1
+        others, which sleep while there is nothing to do."""
+        self.library.vc_set_threads(threads)
 
 
 def load() -> tuple[Native | None, str]:
-    """The kernels, for a process in which torch runs, and ""; or None and the reason.
+    """The kernels, and ""; or None and the reason.
 
     InvalidArgument where VLLM_CORE_CPU_ISA names what this machine cannot run.
     """
     found = find()
-    if isinstance(found, Native):
-        entry = _torch_entry()
-        found = entry if isinstance(entry, Absent) else found
     if isinstance(found, Absent):
         get_logger(__name__).info("portable ops: %s; %s", found.reason, found.fix)
         return None, f"{found.reason}; {found.fix}"
@@ -319,8 +315,8 @@ def _open(path: Path) -> ctypes.CDLL | Absent:
         library = ctypes.CDLL(str(path))
         library.vc_layout.restype = ctypes.POINTER(_Row)
         library.vc_isa.restype = c_char_p
-        library.vc_set_team.argtypes = (c_void_p, ctypes.c_int)
-        library.vc_set_team.restype = None
+        library.vc_set_threads.argtypes = (ctypes.c_int,)
+        library.vc_set_threads.restype = None
     except (OSError, AttributeError) as error:
         return Absent(f"{path.name} cannot be loaded here: {error}", how_to_build())
     theirs, ours = compiled_layout(library), own_layout()
@@ -363,16 +359,3 @@ def _isas(library: ctypes.CDLL) -> Iterator[tuple[str, bool]]:
         if name is None:
             return
         yield name.decode(), bool(usable.value)
-
-
-def _torch_entry() -> int | Absent:
-    """The address of torch_parallel_for in the torch of this process."""
-    try:
-        import torch  # noqa: F401 - brings its library, which has this name
-
-        library = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-        entry = ctypes.cast(library.torch_parallel_for, c_void_p).value
-    except (ImportError, OSError, AttributeError) as error:
-        return Absent(f"torch lends no threads: {error}", "pip install 'torch>=2.10,<3'")
-    assert entry is not None
-    return entry

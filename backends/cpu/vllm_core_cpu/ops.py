@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_core.bindings.torch.ops import TorchOps
-from vllm_core.ops import Param
+from vllm_core.ops import Features, Param
 from vllm_core.ops.interface import LayerBody
 from vllm_core_cpu import native
 from vllm_core_cpu.recorded import MAX_TOKENS, WalkRecorder
@@ -86,6 +86,25 @@ class CpuOps(TorchOps):
         if self.walks is None or not is_small or x.dtype not in DTYPES:
             return super().layers(body, x, kv, params, specs, shared)
         return self.walks.run(body, x, kv, params, specs, shared)
+
+    # ---- the step
+    def sample(
+        self,
+        logits: Tensor,
+        params: Tensor,
+        positions: Tensor,
+        history: Tensor,
+        bias: Tensor,
+        features: Features,
+    ) -> tuple[Tensor, Tensor]:
+        is_plain = not (features.draw or features.bias or features.penalties)
+        if not is_plain or logits.dtype != torch.float32 or logits.numel() == 0:
+            return super().sample(logits, params, positions, history, bias, features)
+        logits = logits.contiguous()
+        rows, size = logits.shape
+        token, best = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
+        self.kernels.largest(logits.data_ptr(), rows, size, token.data_ptr(), best.data_ptr())
+        return token, (~torch.isfinite(best)).to(torch.int32)
 
     # ---- rows
     def _fill(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -9,17 +9,20 @@ Knows: native structs, torch tensors. Does not know: models, ops' names.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from vllm_core.bindings.torch.convert import from_host
 from vllm_core.errors import WeightError
 from vllm_core.ops import HostArray, quantized
-from vllm_core_cpu import native
+from vllm_core_cpu import memory, native
 
 Tensor = torch.Tensor
+Take = Callable[[int], Tensor]
+"""(bytes) -> uint8 [bytes]."""
 
 DTYPES = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 EPILOGUES = {"none": 0, "silu": 1, "gelu_tanh": 2}
@@ -59,13 +62,14 @@ class Packed:
 
 
 def pack(
-    kernels: native.Native, weight: Tensor, bias: Tensor | None
+    kernels: native.Native, weight: Tensor, bias: Tensor | None, take: Take = memory.zeros
 ) -> tuple[dict[str, Tensor], Packed]:
-    """weight [n, k] in float32 or bfloat16, bias [n] -> the arrays and the record of a Param."""
+    """weight [n, k] in float32 or bfloat16, bias [n] -> the arrays and the record of a Param. Here
+    and below, take gives the memory for it."""
     n, k = weight.shape
     dtype = DTYPES[weight.dtype]
     weight = weight.contiguous()
-    packed = torch.empty(kernels.packed_bytes(dtype, n, k), dtype=torch.uint8)
+    packed = take(kernels.packed_bytes(dtype, n, k))
     kernels.pack(dtype, weight.data_ptr(), k, n, k, packed.data_ptr())
     arrays = {"packed": packed}
     if bias is not None:
@@ -88,26 +92,30 @@ class Codes:
         return self.scheme, self.tensors["scales"].shape[1], "mins" in self.tensors
 
 
-def quantize(kernels: native.Native, weight: Tensor, scheme: str) -> Codes:
-    """The same codes as quantized.quantize, of a weight [n, k] in float32 or bfloat16."""
-    n, k = weight.shape
-    bits = quantized.BITS[scheme]
-    group = quantized.group_for(bits, k)
-    assert group is not None
-    weight = weight.contiguous()
+def quantize(
+    kernels: native.Native, weight: HostArray, bits: int, group: int
+) -> dict[str, HostArray]:
+    """As quantized.quantize, to the bit, for any float dtype."""
+    given = from_host(weight)
+    given = (given if given.dtype in DTYPES else given.float()).contiguous()
+    n, k = given.shape
     codes, scales = np.empty((n, k), np.uint8), np.empty((n, k // group), np.float32)
     shape = native.Codes(n=n, k=k, group=group, bits=bits)
     is_finite = kernels.quantize(
-        DTYPES[weight.dtype], weight.data_ptr(), ctypes.addressof(shape), codes.ctypes.data,
+        DTYPES[given.dtype], given.data_ptr(), ctypes.addressof(shape), codes.ctypes.data,
         scales.ctypes.data,
     )  # fmt: skip
     if not is_finite:
         raise WeightError("a weight that is to be quantised holds NaN or infinity")
-    return Codes(scheme, {"codes": codes, "scales": scales})
+    return {"codes": codes, "scales": scales}
 
 
 def pack_codes(
-    kernels: native.Native, parts: Sequence[Codes], bias: Tensor | None, dtype: torch.dtype
+    kernels: native.Native,
+    parts: Sequence[Codes],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    take: Take = memory.zeros,
 ) -> tuple[dict[str, Tensor], Packed]:
     """Rows one below the other -> the arrays and the record of a Param for a model of `dtype`."""
     alike: list[list[Codes]] = []
@@ -129,7 +137,7 @@ def pack_codes(
             else np.ascontiguousarray(some[0].tensors[name])
             for name in some[0].tensors
         }
-        own = _pack_alike(kernels, some[0].scheme, tensors)
+        own = _pack_alike(kernels, some[0].scheme, tensors, take)
         arrays |= {f"{name}{number or ''}": x for name, x in own.items()}
         rows, k = tensors["codes"].shape
         linear = native.Linear(
@@ -147,15 +155,15 @@ def pack_codes(
 
 
 def _pack_alike(
-    kernels: native.Native, scheme: str, tensors: Mapping[str, HostArray]
+    kernels: native.Native, scheme: str, tensors: Mapping[str, HostArray], take: Take
 ) -> dict[str, Tensor]:
     n, k = tensors["codes"].shape
     groups, bits = tensors["scales"].shape[1], quantized.BITS[scheme]
     lanes = -(-n // native.PANEL) * native.PANEL
-    own = {"packed": torch.empty(kernels.packed_code_bytes(bits, n, k), dtype=torch.uint8)}
+    own = {"packed": take(kernels.packed_code_bytes(bits, n, k))}
     for name in ("scales", "mins"):
         if name in tensors:
-            own[name] = torch.empty(lanes * groups, dtype=torch.float32)
+            own[name] = take(lanes * groups * 4).view(torch.float32)
     codes = native.Codes(
         codes=tensors["codes"].ctypes.data,
         scales=tensors["scales"].ctypes.data,

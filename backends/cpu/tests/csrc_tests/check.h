@@ -14,7 +14,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -23,7 +22,7 @@
 extern "C" {
 const char* vc_isa(int index, int* usable);
 const vc::Kernels* vc_kernels(const char* name);
-void vc_set_team(vc::ParallelFor parallel_for, int threads);
+void vc_set_threads(int threads);
 }
 
 namespace vc_test {
@@ -124,20 +123,12 @@ class Guarded {
   T* data_;
 };
 
-// ---- threads: one for each part, as a team would have it
-inline int32_t parallel_for(int64_t begin, int64_t end, int64_t, vc::Body body, void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = begin + 1; i < end; i++) threads.emplace_back(body, i, i + 1, context);
-  if (begin < end) body(begin, begin + 1, context);
-  for (std::thread& thread : threads) thread.join();
-  return 0;
-}
-
+// ---- threads
 // work() on one thread, then on three.
 template <class Work>
 void with_teams(const Work& work) {
   for (int threads : {1, 3}) {
-    vc_set_team(parallel_for, threads);
+    vc_set_threads(threads);
     work();
   }
 }

@@ -255,7 +255,7 @@ template <class T>
 void check_case(const Case<T>& c, const char* rules) {
   char name[200];
   for (int threads : {1, 2, 3}) {
-    vc_set_team(parallel_for, threads);
+    vc_set_threads(threads);
     std::snprintf(name, sizeof name,
                   "attend: dtype %d heads %ld / %ld dim %ld / %ld blocks of %ld, %ld rows, %s, %d threads",
                   dtype_of<T>(), c.s.q_heads(), c.s.kv_heads, c.s.dim, c.s.dim_v, c.s.block_tokens,

@@ -26,6 +26,8 @@ constexpr int GROUPS = KEYS / LANES;
 constexpr int UNIT_ROWS = 48;   // (query, head) pairs of a unit, about
 constexpr int FIXED_COST = 8;   // of meeting a key, beside one per query row
 constexpr float NEVER = -INFINITY;
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+constexpr float RISE = 8;  // by which a score may exceed its row's base, as a power of two
 
 #if defined(__AVX512F__)
 constexpr int MEET_ROWS = 6;
@@ -207,7 +209,8 @@ struct Room {
   }
 };
 
-// Running sums of a unit's (query, head) pairs.
+// Running sums of a unit's (query, head) pairs. Scores are powers of two: top, what weights are relative
+// to, near the largest.
 struct Sums {
   float *out, *top, *total;  // [rows][width], [rows], [rows]
 
@@ -359,38 +362,40 @@ struct Step {
     }
   }
 
-  // Scores become weights, relative to the largest score so far; what was summed shrinks to that.
-  void weights(const Unit& u, int64_t first, int64_t end, float* scores, T* p, const Sums& sums,
+  // Scores become weights, 2^(score - base), where a row's base is near its largest score so far; what
+  // was summed shrinks when the base rises.
+  void weights(const Unit& u, int64_t first, int64_t end, const float* scores, T* p, const Sums& sums,
                float* shrink) const {
-    const int vectors = static_cast<int>((end - first + W - 1) / W);
     const IVec ids = lane_ids();
+    const float scale = a.scale * LOG2_E;
     for (int64_t t = 0, r = 0; t < u.queries; t++) {
       const int64_t from = low(u.row, u.query + t) - first, to_all = high(u.row, u.query + t) - first;
       const int64_t to = to_all < end - first ? to_all : end - first;
       for (int64_t g = 0; g < per_kv; g++, r++) {
-        float* row = scores + r * KEYS;
-        Vec top = set(NEVER);
-        for (int v = 0; v < vectors; v++) {
-          Vec s = load(row + v * W) * a.scale;
-          if (a.softcap > 0) s = vtanh(s * (1.0f / a.softcap)) * a.softcap;
-          if (v * W < from || v * W + W > to) {
-            IVec j = ids + v * W;
-            s = (j >= static_cast<int32_t>(from > 0 ? from : 0)) & (j < static_cast<int32_t>(to > 0 ? to : 0)) ? s : set(NEVER);
+        Vec s[KEYS / W];
+        for (int v = 0; v < KEYS / W; v++) s[v] = load(scores + r * KEYS + v * W) * scale;
+        if (a.softcap > 0)
+          for (Vec& x : s) x = vtanh(x * (LN_2 / a.softcap)) * (a.softcap * LOG2_E);
+        if (from > 0 || to < KEYS)
+          for (int v = 0; v < KEYS / W; v++) {
+            const IVec j = ids + v * W;
+            s[v] = (j >= static_cast<int32_t>(from)) & (j < static_cast<int32_t>(to)) ? s[v] : set(NEVER);
           }
-          store(row + v * W, s);
-          top = vmax(top, s);
+        Vec top = s[0];
+        for (int v = 1; v < KEYS / W; v++) top = vmax(top, s[v]);
+        const float now = largest(top), before = sums.top[r];
+        shrink[r] = 1.0f;
+        if (now > before + RISE) {
+          shrink[r] = before == NEVER ? 0.0f : std::exp2(before - now);
+          sums.top[r] = now;
         }
-        float before = sums.top[r], now = largest(top);
-        now = now > before ? now : before;
-        float base = now == NEVER ? 0.0f : now;
+        const float base = sums.top[r] == NEVER ? 0.0f : sums.top[r];
         Vec total{};
-        for (int v = 0; v < vectors; v++) {
-          Vec e = vexp(load(row + v * W) - base);
+        for (int v = 0; v < KEYS / W; v++) {
+          const Vec e = vexp2(s[v] - base);
           total += e;
           store(p + r * KEYS + v * W, e);
         }
-        shrink[r] = before == NEVER ? 0.0f : std::exp(before - base);
-        sums.top[r] = now;
         sums.total[r] = sums.total[r] * shrink[r] + sum(total);
       }
     }
@@ -402,11 +407,11 @@ struct Step {
       for (int64_t g = 0; g < per_kv; g++, r++) {
         int64_t token = begin(u.row) + u.query + t, head = u.head * per_kv + g;
         float top = sums.top[r], total = sums.total[r], scale = 1.0f;
-        if (a.lse) a.lse[token * a.q_heads + head] = top == NEVER ? NEVER : top + std::log(total);
+        if (a.lse) a.lse[token * a.q_heads + head] = top == NEVER ? NEVER : top * LN_2 + std::log(total);
         if (a.sinks) {
-          float sink = a.sinks[head], both = top > sink ? top : sink;
-          scale = top == NEVER ? 0.0f : std::exp(top - both);
-          total = total * scale + std::exp(sink - both);
+          float sink = a.sinks[head] * LOG2_E, both = top > sink ? top : sink;
+          scale = top == NEVER ? 0.0f : std::exp2(top - both);
+          total = total * scale + std::exp2(sink - both);
         }
         const float over = total == 0.0f ? 0.0f : scale / total;
         T* to = static_cast<T*>(a.out) + (token * a.q_heads + head) * a.dim_v;
@@ -429,7 +434,7 @@ inline void merge(const Sums& into, const Sums& from, int64_t rows, int64_t widt
   for (int64_t r = 0; r < rows; r++) {
     float a = into.top[r], b = from.top[r], top = a > b ? a : b;
     if (top == NEVER) continue;
-    float wa = std::exp(a - top), wb = std::exp(b - top);
+    float wa = std::exp2(a - top), wb = std::exp2(b - top);
     into.top[r] = top;
     into.total[r] = into.total[r] * wa + from.total[r] * wb;
     for (int64_t d = 0; d < width; d++)
@@ -440,7 +445,7 @@ inline void merge(const Sums& into, const Sums& from, int64_t rows, int64_t widt
 template <class T>
 void attend(const vc::Attend& args) {
   const Step<T> step(args);
-  const int threads = vc::team.threads;
+  const int threads = vc::team_threads;
   const int64_t tokens = args.step->query_start[args.step->num_rows];
   int64_t total = 0;
   step.units([&](const Unit& u) { total += step.tiles(u) * step.cost(u); });

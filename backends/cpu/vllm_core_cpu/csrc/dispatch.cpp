@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
+#include "pool.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -24,8 +25,12 @@
   }
 
 namespace vc {
-Team team;
-thread_local Pool* pool = nullptr;
+int team_threads = 1;
+
+void post(uint32_t count, Run run, const void* context) {
+  if (team_threads > 1 && the_pool()->post(count, run, context)) return;
+  for (uint32_t index = 0; index < count; index++) run(static_cast<int>(index), context);
+}
 }
 
 VC_DECLARE(generic)
@@ -124,10 +129,10 @@ VC_PUBLIC const vc::Kernels* vc_kernels(const char* name) {
   return nullptr;
 }
 
-// torch_parallel_for, or null for the caller's thread alone.
-VC_PUBLIC void vc_set_team(vc::ParallelFor parallel_for, int threads) {
-  vc::team.parallel_for = parallel_for;
-  vc::team.threads = threads < 1 ? 1 : threads;
+// How many threads may work, the caller's among them.
+VC_PUBLIC void vc_set_threads(int threads) {
+  vc::team_threads = threads < 1 ? 1 : threads;
+  vc::the_pool()->resize(vc::team_threads);
 }
 
 // The structs as they were compiled; the last row has no name.

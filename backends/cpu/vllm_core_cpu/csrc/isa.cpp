@@ -18,9 +18,9 @@ int64_t packed_bytes(int32_t dtype, int64_t n, int64_t k) {
 
 void pack_any(int32_t dtype, const void* weight, int64_t stride, int64_t n, int64_t k, void* out) {
   if (dtype == vc::FLOAT32)
-    pack(static_cast<const float*>(weight), stride, n, k, static_cast<float*>(out), vc::team.threads);
+    pack(static_cast<const float*>(weight), stride, n, k, static_cast<float*>(out), vc::team_threads);
   else
-    pack(static_cast<const bf16*>(weight), stride, n, k, static_cast<bf16*>(out), vc::team.threads);
+    pack(static_cast<const bf16*>(weight), stride, n, k, static_cast<bf16*>(out), vc::team_threads);
 }
 
 int64_t packed_code_bytes(int32_t bits, int64_t n, int64_t k) {
@@ -31,13 +31,13 @@ int64_t packed_code_bytes(int32_t bits, int64_t n, int64_t k) {
 int32_t quantize_any(int32_t dtype, const void* weight, const vc::Codes* shape, void* codes, void* scales) {
   const auto to = static_cast<uint8_t*>(codes);
   const auto own = static_cast<float*>(scales);
-  return dtype == vc::FLOAT32 ? quantize(static_cast<const float*>(weight), *shape, to, own, vc::team.threads)
-                              : quantize(static_cast<const bf16*>(weight), *shape, to, own, vc::team.threads);
+  return dtype == vc::FLOAT32 ? quantize(static_cast<const float*>(weight), *shape, to, own, vc::team_threads)
+                              : quantize(static_cast<const bf16*>(weight), *shape, to, own, vc::team_threads);
 }
 
 void pack_codes_any(const vc::Codes* codes, void* out, void* scales, void* mins) {
   pack_codes(*codes, static_cast<uint8_t*>(out), static_cast<float*>(scales), static_cast<float*>(mins),
-             vc::team.threads);
+             vc::team_threads);
 }
 
 Coded coded_of(const vc::Linear& w) { return coded(w.packed, w.scales, w.mins, w.k, w.group, w.bits); }
@@ -64,10 +64,10 @@ void linear_of(const vc::Linear& w, const void* x, int64_t x_stride, void* out, 
   Out* to = static_cast<Out*>(out);
   if (w.bits)
     coded_linear(coded_of(w), w.wide_inputs, w.bias, from, x_stride, to, w.out_stride, m, w.n, w.epilogue,
-                 vc::team.threads);
+                 vc::team_threads);
   else
     linear(static_cast<const T*>(w.packed), w.bias, from, x_stride, to, w.out_stride, m, w.n, w.k, w.epilogue,
-           vc::team.threads);
+           vc::team_threads);
 }
 
 void linear_any(const vc::Linear* w, const void* x, int64_t x_stride, void* out, int64_t m) {
@@ -111,7 +111,7 @@ void gate_any(const vc::Rows* a, int32_t kind) {
 void rope_any(const vc::Rope* a) { a->dtype == vc::FLOAT32 ? rope<float>(*a) : rope<bf16>(*a); }
 void add_any(const vc::Rows* a) { a->dtype == vc::FLOAT32 ? add<float>(*a) : add<bf16>(*a); }
 
-void replay_all(const vc::Call* calls, int64_t count) {
+void replay(const vc::Call* calls, int64_t count) {
   for (const vc::Call* c = calls; c != calls + count; c++) {
     const auto rows = static_cast<const vc::Rows*>(c->record);
     switch (c->kind) {
@@ -126,15 +126,11 @@ void replay_all(const vc::Call* calls, int64_t count) {
   }
 }
 
-void replay(const vc::Call* calls, int64_t count) {
-  vc::together(vc::team.threads, [&] { replay_all(calls, count); });
-}
-
 }  // namespace
 
 extern const vc::Kernels kernels;
 const vc::Kernels kernels = {VC_TEXT(VC_ISA), packed_bytes, pack_any, packed_code_bytes, quantize_any, pack_codes_any,
                              unpack_rows, linear_any, attend_any, kv_head_size, move_blocks_any, rms_norm_any, layer_norm_any,
-                             gate_any, rope_any, add_any, replay};
+                             gate_any, rope_any, add_any, largest_of_rows, replay};
 
 }  // namespace VC_ISA

@@ -116,6 +116,8 @@ struct Kernels {
   void (*gate)(const Rows* rows, int32_t kind);  // x [rows, 2 size] -> act(x[:, :size]) * x[:, size:]
   void (*rope)(const Rope* rope);
   void (*add)(const Rows* rows);  // out = x + residual, or x alone
+  // of rows of float32 [rows][size]: the largest, NaN if one is NaN, and where the first such stands
+  void (*largest)(const float* x, int64_t rows, int64_t size, int32_t* index, float* value);
   void (*replay)(const Call* calls, int64_t count);
 };
 

@@ -11,7 +11,7 @@ namespace VC_ISA {
 
 constexpr int64_t WORTH_THREADS = 1 << 15;  // numbers below which one thread is faster
 
-inline int threads_for(int64_t numbers) { return numbers < WORTH_THREADS ? 1 : vc::team.threads; }
+inline int threads_for(int64_t numbers) { return numbers < WORTH_THREADS ? 1 : vc::team_threads; }
 
 // visit(at, count): `count` lanes from `at`, all of W but the last.
 template <class Visit>
@@ -29,6 +29,38 @@ VC_INLINE void store_up_to(T* p, Vec v, int count) { count == W ? store(p, v) : 
 VC_INLINE Vec as_kept(Vec x, const float*) { return x; }
 VC_INLINE Vec as_kept(Vec x, const bf16*) {
   return (Vec)(__builtin_convertvector(narrow(x), UVec) << 16);
+}
+
+inline void largest_of_row(const float* x, int64_t size, int32_t* index, float* value) {
+  Vec top = set(-INFINITY), wrong{};
+  IVec where{}, ids = lane_ids();
+  int64_t at = 0;
+  for (; at + W <= size; at += W, ids += W) {
+    const Vec y = load(x + at);
+    const auto higher = y > top;
+    top = higher ? y : top, where = higher ? ids : where;
+    wrong += y * 0.0f;  // NaN where a number is NaN or infinite
+  }
+  float best = -INFINITY;
+  int64_t place = 0;
+  for (int lane = 0; lane < W; lane++)
+    if (top[lane] > best || (top[lane] == best && where[lane] < place)) best = top[lane], place = where[lane];
+  for (; at < size; at++) {
+    if (x[at] > best) best = x[at], place = at;
+    if (x[at] != x[at]) wrong[0] = x[at];
+  }
+  if (sum(wrong) != 0)  // false for 0 alone
+    for (int64_t i = 0; i < size; i++)
+      if (x[i] != x[i]) {
+        best = x[i], place = i;
+        break;
+      }
+  *index = static_cast<int32_t>(place), *value = best;
+}
+
+inline void largest_of_rows(const float* x, int64_t rows, int64_t size, int32_t* index, float* value) {
+  vc::each_item(rows, threads_for(rows * size),
+                [&](int64_t row) { largest_of_row(x + row * size, size, index + row, value + row); });
 }
 
 template <class T>

@@ -219,6 +219,32 @@ VC_INLINE Vec vexp(Vec x) {
   return x < low ? Vec{} : x == x ? out : x;
 }
 
+// 2^x for x up to 100, to about two units in the last place; 0 below -126 (also for -inf); NaN stays.
+VC_INLINE Vec vexp2(Vec x) {
+  const Vec low = set(-200.0f);
+  Vec clipped = low > x ? low : x;
+#if defined(__AVX512F__)
+  const Vec n = (Vec)_mm512_roundscale_ps((__m512)clipped, 8);
+#else
+  const Vec magic = set(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+  const Vec n = (clipped + magic) - magic;
+#endif
+  const Vec f = clipped - n;
+  Vec y = set(1.535336188e-4f);
+  y = y * f + 1.339887440e-3f;
+  y = y * f + 9.618437357e-3f;
+  y = y * f + 5.550332471e-2f;
+  y = y * f + 2.402264791e-1f;
+  y = y * f + 6.931472028e-1f;
+  y = y * f + 1.0f;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  const Vec out = (Vec)((IVec)y + (__builtin_convertvector(n, IVec) << 23));
+  return clipped < -126.0f ? Vec{} : x == x ? out : x;
+#endif
+}
+
 // A rational function of odd over even powers, good to about two units in the last place.
 VC_INLINE Vec vtanh(Vec x) {
   Vec c = vmin(vmax(x, set(-7.9f)), set(7.9f));
