@@ -30,6 +30,8 @@ REPORTS = ROOT / "build" / "reports"
 FETCH_DEMO_MODEL = (
     "from vllm_core.weights.demo import ensure_demo_model; print(ensure_demo_model(print))"
 )
+COMPARISON = ("peers", "agreement", "plot")
+"""Scripts of the CPU backend's bench."""
 SHOW_KERNELS = "from vllm_core_cpu import native; print(native.find()); native.find().linear"
 
 
@@ -134,10 +136,11 @@ def support(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """`nox -s bench -- throughput --num-prompts 32`: the arguments go to `vllm-core bench`; after
-    `peers` to the comparison with other engines."""
+    `peers`, `agreement` or `plot` to the script of the comparison with other engines."""
     install(session, *TREE, "torch")
-    if session.posargs[:1] == ["peers"]:
-        session.run("python", "backends/cpu/bench/peers.py", *session.posargs[1:])
+    if session.posargs and session.posargs[0] in COMPARISON:
+        script, *more = session.posargs
+        session.run("python", f"backends/cpu/bench/{script}.py", *more)
         return
     session.run("vllm-core", "bench", *(session.posargs or ["--help"]))
 

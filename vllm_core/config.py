@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from vllm_core.errors import InvalidArgument
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Policy = Literal["fcfs", "priority"]
+Quantization = Literal["dense", "int8", "int4", "int8-weight-only", "int4-weight-only"]
 
 _LEAST = {
     "max_model_len": 1,
@@ -40,6 +41,10 @@ class EngineConfig:
     """Name of a backend; None: the best one that finds a device."""
     dtype: DType = "auto"
     load_format: LoadFormat = "auto"
+    quantization: Quantization | None = None
+    """How linear layers are stored (embedding and head in 8 bits, experts dense); "dense": in the
+    model dtype; None: codes of a GGUF file stay codes where the backend multiplies such codes (in a
+    model of 32 bits with inputs as they are), else dense."""
     max_model_len: int | None = None
     """Longest prompt + output of a sequence, in tokens; None: the model's own context, cut to what
     fits."""
@@ -86,12 +91,15 @@ class EngineConfig:
             )
         if self.seed is not None and self.seed >= 2**64:
             raise InvalidArgument(f"seed must fit 64 bits, not {self.seed}")
+        allowed: tuple[str | None, ...]
         for name, allowed in (
+            ("quantization", (None, *get_args(Quantization))),
             ("dtype", ("auto", "float32", "bfloat16", "float16", "float64")),
             ("load_format", ("auto", "safetensors", "gguf", "dummy")),
             ("scheduling_policy", ("fcfs", "priority")),
         ):
             if getattr(self, name) not in allowed:
                 raise InvalidArgument(
-                    f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(filter(None, allowed))}, not "
+                    f"{getattr(self, name)!r}"
                 )

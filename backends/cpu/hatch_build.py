@@ -58,7 +58,7 @@ COMPILE = (
 )
 """After CXXFLAGS: with the -O2 that some distributions set, tiles of registers go to memory."""
 LINK = (
-    *("-shared", "-static-libstdc++", "-static-libgcc"),
+    *("-shared", "-pthread", "-static-libstdc++", "-static-libgcc"),
     *("-Wl,--no-undefined", "-Wl,--gc-sections"),
 )
 EXPORTS = "{ global: vc_*; local: *; };\n"

@@ -289,7 +289,7 @@ class HidesFaults(NumpyOps):
         (LosesLastToken, "chunks.plain", "expected"),
         (LosesLastToken, "oracle.experts", "expected"),
         (IgnoresSequences, "sampling.plain", "sequence"),
-        (ForgetsOverflow, "prefix.plain", "prefix cache"),
+        (ForgetsOverflow, "prefix.plain", "KV slot"),
         (ForgetsOverflow, "traffic.plain", "model 'plain'"),
         (HidesFaults, "nan", "fault of its row"),
     ],

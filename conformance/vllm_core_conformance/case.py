@@ -91,8 +91,8 @@ class Case:
     """(target, seed) -> Evidence, or raises Failed. Everything random follows from the seed."""
     profiles: frozenset[str]
     needs: tuple[str, ...] = ()
-    """Capabilities (fields that are true, or "dtype:bfloat16") without which a backend may
-    refuse with NotSupported; it must not compute something wrong instead."""
+    """Capabilities (fields that are true, "dtype:bfloat16", "scheme:int8") without which a backend
+    may refuse with NotSupported; it must not compute something wrong instead."""
     every_dtype: bool = False
     """Runs once in each 16- and 32-bit dtype that the backend declares; else once."""
     scored: bool = True

@@ -61,6 +61,8 @@ def undeclared(case: Case, target: Target) -> list[str]:
             is_there = value in target.caps.dtypes
         elif name == "head_dim":
             is_there = int(value) <= target.caps.max_head_dim
+        elif name == "scheme":
+            is_there = value in target.caps.schemes
         else:
             is_there = bool(getattr(target.caps, name))
         if not is_there:

@@ -27,6 +27,9 @@ class Capabilities:
     """A: float32 scores and accumulation; B: 16-bit; C: 8-bit."""
     schemes: frozenset[str] = frozenset({"dense"})
     """Weight schemes that `load` takes."""
+    native_schemes: frozenset[str] = frozenset()
+    """Those of them that stay codes on the device, a byte or half of one each. A file in such codes
+    is then loaded as it is; elsewhere weights are dequantised by `load`, or before it."""
     max_head_dim: int = 256
     max_logit_rows: int | None = None
     """Most rows that get logits in one step; None: no limit."""

@@ -93,6 +93,9 @@ def _bits(caps: Capabilities, owners: dict[str, Any]) -> Iterator[str]:
                 f"it declares {field.name}={value!r}, which seam {version} reserves "
                 f"and has no method for; leave it at {default!r}"
             )
+    more = caps.native_schemes - caps.schemes
+    if more:
+        yield f"its native_schemes {', '.join(sorted(more))} are not among its schemes"
     if caps.default_dtype not in caps.dtypes:
         yield f"its default_dtype {caps.default_dtype!r} is not among its dtypes"
 

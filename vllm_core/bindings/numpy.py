@@ -32,7 +32,7 @@ from vllm_core.backend import (
     Runtime,
     SingleDevice,
 )
-from vllm_core.bindings.parts import dense_tensors
+from vllm_core.bindings.parts import SCHEMES, dense_tensors
 from vllm_core.errors import InvalidArgument, NotSupported, OutOfMemory
 from vllm_core.ops import (
     Array,
@@ -291,7 +291,10 @@ class Ready:
 
 
 CAPABILITIES = Capabilities(
-    dtypes=frozenset({"float32", "float64"}), default_dtype="float32", shares_host_memory=True
+    dtypes=frozenset({"float32", "float64"}),
+    default_dtype="float32",
+    schemes=SCHEMES,
+    shares_host_memory=True,
 )
 
 
@@ -343,8 +346,8 @@ class NumpyRuntime(Runtime):
 
 
 def concatenate_parts(spec: ParamSpec, parts: Sequence[Part], dtype: str) -> dict[str, HostArray]:
-    """Dense parts joined along the output axis, in `dtype` (norms in float32 or better), shape
-    checked."""
+    """Parts joined along the output axis, dequantised, in `dtype` (norms in float32 or better),
+    shape checked."""
     if spec.role == "norm" and dtype != "float64":
         dtype = "float32"
     arrays: dict[str, HostArray] = {

@@ -15,18 +15,20 @@ from vllm_core.cli import (
     bench_host,
     bench_latency,
     bench_memory,
+    bench_quality,
     bench_throughput,
     bench_transformers,
 )
 from vllm_core.errors import InvalidArgument
 
-SUMMARY = "measure throughput, latency, memory and the host's own cost"
+SUMMARY = "measure throughput, latency, memory, the host's own cost and the quality of weights"
 
 BENCHMARKS = {
     "throughput": bench_throughput,
     "latency": bench_latency,
     "memory": bench_memory,
     "host": bench_host,
+    "quality": bench_quality,
     "transformers": bench_transformers,
 }
 """Each has SUMMARY, add_arguments(parser) and measure(args) -> plain data."""

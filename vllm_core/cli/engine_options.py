@@ -45,6 +45,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="auto, safetensors, gguf, or dummy (random weights of the model's shape)",
     )
     group.add_argument(
+        "--quantization",
+        metavar="SCHEME",
+        help="int8, int4, int8-weight-only, int4-weight-only, or dense (default: as the file has "
+        "it where the backend multiplies such codes, else dense)",
+    )
+    group.add_argument(
         "--max-model-len", type=int, metavar="N", help="most tokens of prompt and answer together"
     )
     group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences that run at once")

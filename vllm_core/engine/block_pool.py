@@ -58,8 +58,8 @@ class BlockPool:
         self.references[block] += 1
 
     def register(self, block: int, key: Hashable) -> None:
-        """The block's content is complete and known by this key; the first block with a key keeps
-        it."""
+        """The steps planned so far complete the block's content, known by this key; the first block
+        with a key keeps it."""
         if key not in self.by_key and block not in self.key_of:
             self.by_key[key] = block
             self.key_of[block] = key

@@ -136,13 +136,34 @@ class KVCache:
         found: HostArray = rows[(full > self.num_registered[:, rows]).any(0)]
         return found
 
+    def name_blocks(self, hashes: dict[int, list[bytes]], root: bytes, tokens: HostArray) -> None:
+        """Adds the names of the full blocks of `tokens` that `hashes` lacks."""
+        for size in set(self.sizes.tolist()):
+            prefix_cache.extend(hashes.setdefault(size, []), root, tokens, size)
+
+    def names(self, hashes: dict[int, list[bytes]], start: int, stop: int) -> list[bytes]:
+        """The names of the blocks that hold positions `start` to `stop`, as far as known. Those of
+        one group, as each covers all tokens before it."""
+        size = self.groups[0].block_tokens
+        return hashes.get(size, [])[start // size : -(-stop // size)]
+
+    def awaits(self, hashes: dict[int, list[bytes]], max_hit: int, coming: set[bytes]) -> bool:
+        """Whether a hit of at most `max_hit` tokens may be longer once the blocks of these names
+        are computed."""
+        if not coming or max_hit < self.hit_multiple:
+            return False
+        hit, _ = self._longest_hit(hashes, max_hit)
+        longer = hit + self.hit_multiple
+        return longer <= max_hit and not coming.isdisjoint(self.names(hashes, hit, longer))
+
     def register(
-        self, row: int, tokens: HostArray, hashes: dict[int, list[bytes]], first: bytes
+        self, row: int, tokens: HostArray, hashes: dict[int, list[bytes]], root: bytes
     ) -> None:
-        """Makes the row's full blocks of `tokens` (known, and computed) findable."""
+        """Makes the row's full blocks of `tokens` (known, and computed by the steps planned so
+        far) findable."""
         for g, group in enumerate(self.groups):
             own = hashes.setdefault(group.block_tokens, [])
-            prefix_cache.extend(own, first, tokens, group.block_tokens)
+            prefix_cache.extend(own, root, tokens, group.block_tokens)
             full = len(tokens) // group.block_tokens
             for column in range(int(self.num_registered[g, row]), full):
                 block = int(self.blocks[g][row, column])

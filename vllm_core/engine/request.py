@@ -39,6 +39,9 @@ class Request:
     """Requests share cached prefixes only with the same salt."""
     arrival: int = 0
     """Sequences that arrived before it, set by the scheduler."""
+    hash_root: bytes | None = None
+    """Before the hash of its first block, set by the scheduler; None: its blocks are shared with
+    nobody."""
     sequences: list[Sequence] = field(default_factory=list)
     bias: HostArray | None = None
     is_paused: bool = False
@@ -70,6 +73,7 @@ class Request:
                 f"priority must be a whole number within ±{MAX_PRIORITY}, not {self.priority!r}"
             )
         self._check_ids()
+        self.prompt_ids = np.array(self.prompt, np.int32)
         self.bias = self._bias() if p.needs_bias else None
         limit = self.max_model_len
         if p.max_tokens is not None:
@@ -129,14 +133,20 @@ class Sequence:
     """Row of the device state; -1 while it waits."""
     num_in_flight: int = 0
     """Draws submitted before it was preempted and not yet fetched; it waits for them."""
+    epoch: int = 0
+    """Which stay with a row these draws belong to."""
     saved: list[int] = field(default_factory=list)
     """Tokens drawn before the last preemption; while it runs, the row table holds them."""
     hashes: dict[int, list[bytes]] = field(default_factory=dict)
     """By block size: the chained hash of each full block of its tokens, as far as known."""
     num_hit_tokens: int = 0
+    has_shared: bool = False
+    """In its last stay with a row it found blocks in the cache."""
+    is_apart: bool = False
+    """It drew from NaN after it had shared blocks: it finds none any more."""
     num_preemptions: int = 0
     is_prompt_done: bool = False
-    """Its prompt's blocks are computed: its siblings may start and share them."""
+    """A planned step completes its prompt's blocks: its siblings may start and share them."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
@@ -144,6 +154,34 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def max_hit(self) -> int:
+        """Most tokens that it may find in the cache: it draws from one at least, and where prompt
+        tokens are scored it computes all."""
+        request = self.request
+        is_scored = self.index == 0 and request.needs_prompt_scores
+        if request.hash_root is None or self.is_apart or is_scored:
+            return 0
+        return len(request.prompt) + len(self.saved) - 1
+
+    def tokens(self) -> HostArray:
+        """[T] int32: what it has to compute when it is given a row, prompt and what was drawn."""
+        return np.concatenate((self.request.prompt_ids, np.array(self.saved, np.int32)))
+
+    def name_of_stop(self, token: int) -> int | None:
+        """The stop id that ended it; None for the model's own end."""
+        request = self.request
+        is_own = token in request.eos_token_ids and token not in request.params.stop_token_ids
+        return None if is_own else token
+
+    def own_logprobs(self, logprobs: Logprobs | None, row: int) -> Logprobs | None:
+        """What it asked for, of its row of a step; another row may have asked for more."""
+        count = self.request.params.logprobs
+        if logprobs is None or count is None:
+            return None
+        width = 1 + count
+        return Logprobs(logprobs.ids[row, :width], logprobs.values[row, :width], logprobs.rank[row])
 
     def param_row(self, history_slot: int, bias_slot: int) -> HostArray:
         """[NUM_COLUMNS] int32: what the device must know of this sequence's sampling."""
@@ -175,7 +213,7 @@ class Event(NamedTuple):
 
     sequence: Sequence
     token: int | None
-    """The token drawn; None: only its end, or only prompt scores."""
+    """The token drawn; None: its end, only prompt scores, or a draw that is done anew."""
     logprobs: Logprobs | None = None
     """Of the drawn token: arrays of one row."""
     prompt_scores: tuple[int, Logprobs] | None = None

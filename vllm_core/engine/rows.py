@@ -30,7 +30,6 @@ class Rows:
 
         self.num_rows = num_rows
         self.owner = np.full(num_rows, None, object)
-        self.hash_root = np.full(num_rows, None, object)
         self.tokens = np.zeros((num_rows, max_tokens), np.int32)
         self.known, self.computed, self.bound, self.goal = zeros(), zeros(), zeros(), zeros()
         self.pending, self.end, self.epoch, self.rank = zeros(), zeros(), zeros(), zeros()
@@ -50,7 +49,6 @@ class Rows:
         tokens: np.ndarray[tuple[int], np.dtype[np.int32]],
         hit: int,
         rank: int,
-        hash_root: bytes | None,
     ) -> int:
         """Puts a sequence on the free row that `free` ends with."""
         row = self.free.pop()
@@ -65,7 +63,7 @@ class Rows:
         self.pending[row], self.end[row] = 0, request.end
         self.prompt_len[row] = len(request.prompt)
         self.min_len[row] = min(len(request.prompt) + p.min_tokens, request.end)
-        self.registers[row], self.hash_root[row] = hash_root is not None, hash_root
+        self.registers[row] = request.hash_root is not None
         self.draw[row] = p.temperature >= GREEDY_BELOW
         self.filters[row] = bool(self.draw[row]) and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
         self.penalties[row] = p.needs_history

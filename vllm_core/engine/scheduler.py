@@ -67,6 +67,7 @@ class Scheduler:
             )
         request.arrival = self._num_arrivals
         self._num_arrivals += 1 + request.sequences[-1].index  # one rank for each sequence
+        request.hash_root = self._hash_root(request)
         self.requests[request.request_id] = request
         self.stats.num_prompt_tokens += length
         self.waiting.push(request.sequences[0])  # siblings follow when its prompt is computed
@@ -115,9 +116,9 @@ class Scheduler:
         self._query = query = np.zeros(self.rows.num_rows, np.int64)
         if self.limits.constraints.mixed_ok:
             self._schedule_decodes()
-            self._schedule_prefills(self.token_budget - int(query.sum()))
+            self._schedule_prefills()
         else:
-            self._schedule_prefills(self.token_budget)
+            self._schedule_prefills()
             if not query.any():
                 self._schedule_decodes()
         return self._plan(query) if query.any() else None
@@ -139,33 +140,38 @@ class Scheduler:
             if r.active[row]:
                 self._grow(row, int(r.bound[row]) + 1)
 
-    def _schedule_prefills(self, left: int) -> None:
+    def _schedule_prefills(self) -> None:
         """Chunks of prompts that are under way, then of new sequences, in order of rank."""
         r, query, constraints = self.rows, self._query, self.limits.constraints
         running = np.flatnonzero(r.active & ~r.paused & (r.bound < r.goal))
         prefilling = running[np.argsort(r.rank[running], kind="stable")].tolist()
         chunks = constraints.max_prefills if constraints.max_prefills is not None else r.num_rows
         draws = self.limits.max_draws - int((query > 0).sum())
-        alone: bool | None = None  # whether the step is of single tokens, where it may not mix
-        while left > 0 and chunks > 0 and draws > 0:
-            row = prefilling.pop(0) if prefilling else self._admit()
+        coming: set[bytes] = set()
+        held: list[Sequence] = []
+        while query.sum() < self.token_budget and chunks > 0 and draws > 0:
+            row = prefilling.pop(0) if prefilling else self._admit(coming, held)
             if row is None:
                 break
             if not r.active[row]:
                 continue
+            left = self.token_budget - int(query.sum())  # _admit may preempt a row that was chosen
             chunk = self._chunk(int(r.goal[row] - r.bound[row]), left)
             if not chunk:
                 break
             if not constraints.mixed_ok:
-                alone = chunk == 1 if alone is None else alone
-                if alone != (chunk == 1):  # a single token is a decoding row to the device
+                chosen = query[query > 0]  # a single token is a decoding row to the device
+                if len(chosen) and (chosen[0] == 1) != (chunk == 1):
                     continue
             self.kv.leave_window(np.array([row]), r.bound[row : row + 1])
-            if self._grow(row, int(r.bound[row]) + chunk):
+            start, stop = int(r.bound[row]), int(r.bound[row]) + chunk
+            if self._grow(row, stop):
+                coming.update(self.kv.names(r.owner[row].hashes, start, stop))
                 query[row] = chunk
-                left -= chunk
                 chunks -= 1
                 draws -= 1
+        for sequence in held:
+            self.waiting.push(sequence)
 
     def _chunk(self, remaining: int, left: int) -> int:
         """Tokens of a prompt to compute now."""
@@ -194,7 +200,7 @@ class Scheduler:
         r = self.rows
         sequence: Sequence = r.owner[row]
         sequence.saved = r.output(row)
-        sequence.num_in_flight = int(r.pending[row])
+        sequence.num_in_flight, sequence.epoch = int(r.pending[row]), int(r.epoch[row])
         sequence.num_preemptions += 1
         self.stats.num_preemptions += 1
         self._release(row)
@@ -208,22 +214,30 @@ class Scheduler:
         self.news.release(row)
         r.release(row)
 
-    def _admit(self) -> int | None:
+    def _next_waiting(self, coming: set[bytes], held: list[Sequence]) -> Sequence | None:
+        """The next sequence that may have a row.
+
+        Those whose next block is `coming`, since a row of this step computes it, are moved to
+        `held`: after this step they share it. Whoever overtakes them leaves a row to each.
+        """
+        while not held or len(held) < len(self.rows.free):
+            sequence = self.waiting.peek()
+            if sequence is None:
+                return None
+            root = sequence.request.hash_root
+            if root is not None:
+                self.kv.name_blocks(sequence.hashes, root, sequence.tokens())
+            if not self.kv.awaits(sequence.hashes, sequence.max_hit, coming):
+                return sequence
+            held.append(self.waiting.pop())
+        return None
+
+    def _admit(self, coming: set[bytes], held: list[Sequence]) -> int | None:
         """Gives the next waiting sequence a row; None when none waits or it cannot have one."""
-        sequence = self.waiting.peek()
+        sequence = self._next_waiting(coming, held)
         if sequence is None:
             return None
-        params, request = sequence.request.params, sequence.request
-        tokens = np.array(request.prompt + sequence.saved, np.int32)
-        shares = self.limits.enable_prefix_caching or params.n > 1
-        max_hit = len(tokens) - 1 if shares else 0
-        if sequence.index == 0 and request.needs_prompt_scores:
-            max_hit = 0
-        first = self._hash_root(request)
-        if max_hit:
-            for size in set(self.kv.sizes.tolist()):
-                own = sequence.hashes.setdefault(size, [])
-                prefix_cache.extend(own, first, tokens, size)
+        tokens, max_hit = sequence.tokens(), sequence.max_hit
         while True:
             hit = None
             if self.rows.free and self.news.has_slots(sequence):
@@ -236,8 +250,9 @@ class Scheduler:
         popped = self.waiting.pop()
         assert popped is sequence, "preempted sequences that stand before it are paused"
         rank = rank_of(sequence, self.limits.policy)
-        self.rows.admit(sequence, tokens, hit, rank, first if shares else None)
+        self.rows.admit(sequence, tokens, hit, rank)
         self.stats.num_hit_tokens += hit
+        sequence.has_shared = hit > 0
         if not sequence.num_preemptions:
             sequence.num_hit_tokens = hit
         self.news.admit(sequence, row, tokens, hit)
@@ -256,10 +271,12 @@ class Scheduler:
         self._preempt(victim)
         return True
 
-    def _hash_root(self, request: Request) -> bytes:
+    def _hash_root(self, request: Request) -> bytes | None:
         salt = request.salt
-        if not self.limits.enable_prefix_caching:  # n > 1 still shares within the request
-            salt += b"\0" + str(request.arrival).encode()
+        if not self.limits.enable_prefix_caching:
+            if request.params.n == 1:
+                return None
+            salt += b"\0" + str(request.arrival).encode()  # shares within the request
         return prefix_cache.root(salt)
 
     def _plan(self, query: HostArray) -> Plan:
@@ -299,6 +316,7 @@ class Scheduler:
         )
         r.bound[rows] = start + q
         r.pending[rows] += draws
+        self._register(rows)
         self.stats.num_steps += 1
         return plan
 
@@ -318,13 +336,11 @@ class Scheduler:
     def update(
         self, plan: Plan, result: StepResult, prompt_scores: dict[int, Logprobs] | None = None
     ) -> list[Event]:
-        """Takes in a fetched step: tokens, ends, blocks that can be shared. Arrays may be
-        padded."""
+        """Takes in a fetched step: tokens, ends. Arrays may be padded."""
         r, n = self.rows, len(plan.rows)
         tokens, fault = result.tokens[:n, 0].astype(np.int64), result.fault[:n] > 0
         live = r.active[plan.rows] & (r.epoch[plan.rows] == plan.epochs)
-        rows = plan.rows[live]
-        r.computed[rows] += plan.query_len[live]
+        r.computed[plan.rows[live]] += plan.query_len[live]
         events = self._take_prompt_scores(plan, live, prompt_scores) if prompt_scores else []
 
         drawn = live & plan.draws
@@ -339,8 +355,10 @@ class Scheduler:
         events += self._events(plan, drawn, own, result.logprobs, bad)
         self.stats.num_drawn_tokens += len(got)
 
-        self._register(rows)
-        for i in np.flatnonzero(stopped | full | bad).tolist():
+        ended = np.flatnonzero(stopped | full | bad)
+        if len(ended):
+            self._register(got[ended[~bad[ended]]])  # no further plan does it
+        for i in ended.tolist():
             row, token = int(got[i]), int(own[i])
             self._end(row, token, bool(bad[i]), bool(stopped[i]))
         for i in np.flatnonzero(~live & plan.draws).tolist():
@@ -360,7 +378,7 @@ class Scheduler:
             return [Event(s, t) for s, t in zip(owners, tokens.tolist(), strict=True)]
         places = np.flatnonzero(drawn).tolist()
         return [
-            Event(s, None if b else t, _one(logprobs, i, s))
+            Event(s, None if b else t, s.own_logprobs(logprobs, i))
             for s, t, i, b in zip(owners, tokens.tolist(), places, bad.tolist(), strict=True)
         ]
 
@@ -381,17 +399,18 @@ class Scheduler:
         return events
 
     def _register(self, rows: HostArray) -> None:
-        """Full blocks whose tokens are known and computed become findable; siblings may then
-        start."""
+        """Full blocks whose tokens are known and which a planned step computes become findable:
+        whoever finds them runs in a later step. Siblings may then start."""
         r = self.rows
-        complete = np.minimum(r.computed[rows], r.known[rows])
+        complete = np.minimum(r.bound[rows], r.known[rows])
         fresh = self.kv.rows_to_register(rows, complete)
         for row in fresh[r.registers[fresh]].tolist():
+            upto = min(int(r.bound[row]), int(r.known[row]))
             sequence: Sequence = r.owner[row]
-            upto = min(int(r.computed[row]), int(r.known[row]))
-            first = r.hash_root[row]
-            self.kv.register(row, r.tokens[row, :upto], sequence.hashes, first)
-        for row in rows[r.has_siblings[rows] & (r.computed[rows] >= r.prompt_len[rows])].tolist():
+            root = sequence.request.hash_root
+            assert root is not None, "only rows of requests with a root register"
+            self.kv.register(row, r.tokens[row, :upto], sequence.hashes, root)
+        for row in rows[r.has_siblings[rows] & (r.bound[rows] >= r.prompt_len[rows])].tolist():
             r.has_siblings[row] = False
             self._start_siblings(r.owner[row])
 
@@ -408,37 +427,52 @@ class Scheduler:
         sequence: Sequence = self.rows.owner[row]
         if bad:
             self.rows.known[row] -= 1  # what was drawn from NaN is no token
-            self._fail(sequence)
+            self._take_fault(sequence)
         elif stopped:
-            self.finish(sequence, "stop", _stop_reason(sequence, token))
+            self.finish(sequence, "stop", sequence.name_of_stop(token))
         else:
             self.finish(sequence, "length")
 
-    def _fail(self, sequence: Sequence) -> None:
+    def _take_fault(self, sequence: Sequence) -> None:
+        """It drew from NaN. That may come from blocks that it shared, so it is computed anew
+        without any before it fails."""
         self.kv.forget(sequence.hashes)
-        sequence.error = "the model gave logits that are not finite; the request was ended"
-        self.finish(sequence, "error")
+        if not sequence.has_shared:
+            sequence.error = "the model gave logits that are not finite; the request was ended"
+            self.finish(sequence, "error")
+            return
+        sequence.is_apart = True
+        if sequence.row >= 0:
+            self.rows.pending[sequence.row] = 0  # further draws follow from NaN as well
+            self._preempt(sequence.row)
+        else:
+            sequence.num_in_flight = 0
+            self.waiting.push(sequence)
 
     def _take_orphan(
         self, plan: Plan, i: int, token: int, bad: bool, logprobs: Logprobs | None
     ) -> list[Event]:
-        """A draw whose row was given away: preempted sequences keep it, ended ones drop it."""
+        """A draw whose row was given away: preempted sequences keep it, ended ones drop it, and so
+        do those that are computed anew because of NaN."""
         sequence: Sequence = plan.owners[i]
-        if sequence.is_finished or not sequence.num_in_flight:
+        if bad:
+            self.kv.forget(sequence.hashes)
+        is_void = sequence.epoch != plan.epochs[i] or not sequence.num_in_flight
+        if sequence.is_finished or is_void:
             return []
         sequence.num_in_flight -= 1
         request = sequence.request
         if bad:
             sequence.num_in_flight = 0
-            self._fail(sequence)
+            self._take_fault(sequence)
             return [Event(sequence, None)]
         sequence.saved.append(token)
         self.stats.num_drawn_tokens += 1
-        event = Event(sequence, token, _one(logprobs, i, sequence))
+        event = Event(sequence, token, sequence.own_logprobs(logprobs, i))
         length = len(request.prompt) + len(sequence.saved)
         enough = len(sequence.saved) >= request.params.min_tokens
         if token in request.stop_ids and enough:
-            self.finish(sequence, "stop", _stop_reason(sequence, token))
+            self.finish(sequence, "stop", sequence.name_of_stop(token))
         elif length >= request.end:
             self.finish(sequence, "length")
         elif not sequence.num_in_flight:
@@ -459,19 +493,3 @@ class Scheduler:
                 if sequence.num_in_flight and not sequence.is_finished:
                     sequence.num_in_flight = 0
                     self.waiting.push(sequence)
-
-
-def _stop_reason(sequence: Sequence, token: int) -> int | None:
-    """None for the model's own end, else the stop id."""
-    request = sequence.request
-    is_own = token in request.eos_token_ids and token not in request.params.stop_token_ids
-    return None if is_own else token
-
-
-def _one(logprobs: Logprobs | None, row: int, sequence: Sequence) -> Logprobs | None:
-    """What one sequence asked for; another row of the step may have asked for more."""
-    count = sequence.request.params.logprobs
-    if logprobs is None or count is None:
-        return None
-    width = 1 + count
-    return Logprobs(logprobs.ids[row, :width], logprobs.values[row, :width], logprobs.rank[row])

@@ -32,8 +32,9 @@ class LazyArray:
 class Part:
     """Some rows of a parameter along its output axis, in one scheme.
 
-    tensors: the scheme's own names, for "dense" {"weight": [rows, in]} and perhaps {"bias":
-    [rows]}.
+    tensors: the scheme's own names, for "dense" {"weight": [rows, in]}, for the schemes of
+    `ops.quantized` {"codes", "scales"} and perhaps {"mins"}; and perhaps {"bias": [rows]}, in
+    floats.
     """
 
     scheme: str
@@ -53,6 +54,9 @@ class ParamSpec:
     role: str
     axes: tuple[str | None, ...] = ()
     granule: int = 1
+    scheme: str = "dense"
+    """What becomes of rows that come dense: a scheme of `ops.quantized` quantises them by its law,
+    in groups of `group_for`."""
 
     def check(self, shape: Sequence[int]) -> None:
         """WeightError where a weight of this shape is not what the model needs."""

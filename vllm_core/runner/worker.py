@@ -23,6 +23,8 @@ from vllm_core.runner.memory import AHEAD, MemoryPlan, plan_memory
 from vllm_core.runner.runner import ModelRunner, Sizes
 from vllm_core.weights.loader import dummy_params, load_params
 from vllm_core.weights.resolve import ModelFiles
+from vllm_core.weights.rules import WeightRules
+from vllm_core.weights.stored import Kept, kept_codes, param_bytes
 
 logger = get_logger(__name__)
 
@@ -74,17 +76,23 @@ def _open_on(
     recipe: Recipe,
 ) -> Opened:
     spec = recipe.spec(files.config, runtime.dtype)
-    rules = recipe.weights(spec, files.config)
     check_supported(spec, runtime)
+    rules = recipe.weights(spec, files.config).stored_as(config.quantization or "dense")
+    check_schemes(rules, config.quantization, runtime)
+    source = None if files.load_format == "dummy" else files.open_weights()
+    native = runtime.caps.native_schemes
+    kept: Kept = {}
+    if source is not None and config.quantization is None:
+        is_wide = itemsize(runtime.dtype) > 2  # who computes in float32 wants the file's numbers
+        kept = kept_codes(rules, source, native, weight_only=is_wide)
     budget = config.max_num_batched_tokens or max(DEFAULT_TOKEN_BUDGET, config.max_num_seqs)
-    param_bytes = rules.num_values() * itemsize(runtime.dtype)
     plan = plan_memory(
         spec,
         runtime.attention,
         runtime.caps,
         runtime.memory(),
         config,
-        param_bytes,
+        param_bytes(rules, kept, native, itemsize(runtime.dtype)),
         budget,
         runtime.dtype,
     )
@@ -95,10 +103,10 @@ def _open_on(
         done += num_bytes
         progress("loading weights", done, files.num_weight_bytes)
 
-    if files.load_format == "dummy":
+    if source is None:
         params = dummy_params(rules, runtime, spec.layers, config.seed or 0, count)
     else:
-        params = load_params(rules, files.open_weights(), runtime, spec.layers, count)
+        params = load_params(rules, source, runtime, spec.layers, count, kept)
     sizes = Sizes(
         num_rows=config.max_num_seqs,
         max_tokens=plan.max_model_len + AHEAD,
@@ -120,6 +128,23 @@ def _open_config(config: EngineConfig, files: ModelFiles) -> OpenConfig:
     own = getattr(files.config, "dtype", None)
     stored = None if own is None else str(own).removeprefix("torch.")
     return OpenConfig(config.dtype, checkpoint_dtype=stored, threads=config.threads)
+
+
+def check_schemes(rules: WeightRules, wanted: str | None, runtime: Runtime) -> None:
+    """NotSupported where the backend takes no weights as the rules ask, or nothing can be so."""
+    schemes = {rule.spec.scheme for rule in rules.leaves()} - {"dense"}
+    lacking = schemes - runtime.caps.schemes
+    if lacking:
+        raise NotSupported(
+            f"quantization {wanted} stores weights as {', '.join(sorted(schemes))}, and this "
+            f"backend takes {', '.join(sorted(runtime.caps.schemes))}; choose another scheme or "
+            "another backend (`vllm-core doctor` lists them)"
+        )
+    if wanted not in (None, "dense") and not schemes:
+        raise NotSupported(
+            f"quantization {wanted} needs layers whose inputs are a multiple of 32, and this model "
+            "has none; leave it out"
+        )
 
 
 def check_supported(spec: ModelSpec, runtime: Runtime) -> None:

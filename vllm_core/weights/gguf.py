@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from gguf import GGUFReader, ReaderTensor
 
+    from vllm_core.weights.source import CodeFormat
+
 _TENSOR_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 _PLAIN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -33,7 +35,8 @@ class GGUFFile:
     """One GGUF file: metadata, config and a WeightSource.
 
     Tensors in F32, F16, BF16 and F64 keep their dtype, every other type is dequantised to float32
-    when it is loaded. A tensor that stacks the experts of a layer appears as one tensor per expert.
+    by `load`; some can be had as codes too. A tensor that stacks the experts of a layer appears as
+    one tensor per expert.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,15 +83,35 @@ class GGUFFile:
         import numpy as np
 
         at = self._find(name)
-        array: npt.NDArray[Any] = _dequantise(at.tensor, at.expert)
-        if at.stem in self.architecture.permuted:
-            heads = "num_attention_heads" if at.stem == "attn_q" else "num_key_value_heads"
-            array = _unpermute(array, self._config[heads])
-        elif at.stem in self.architecture.transposed and array.ndim == 2:
+        array = self._unpermuted(at.stem, _dequantise(at.tensor, at.expert))
+        if at.stem in self.architecture.transposed and array.ndim == 2:
             array = np.ascontiguousarray(array.T)
         elif self.architecture.norm_offset and at.stem.endswith("norm"):
             array = array - array.dtype.type(self.architecture.norm_offset)
         return array
+
+    def codes(self, name: str) -> CodeFormat | None:
+        from vllm_core.weights.gguf_codes import FORMATS
+
+        at = self._find(name)
+        is_plain = at.expert is None and at.stem not in self.architecture.transposed
+        return FORMATS.get(at.tensor.tensor_type.name) if is_plain else None
+
+    def load_codes(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        from vllm_core.weights.gguf_codes import decode
+
+        at = self._find(name)
+        if self.codes(name) is None:
+            raise WeightError(f"tensor {name!r} of {self.path} cannot be had as codes; load it")
+        found = decode(at.tensor.tensor_type.name, at.tensor.data)
+        return {key: self._unpermuted(at.stem, array) for key, array in found.items()}
+
+    def _unpermuted(self, stem: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Rows in Hugging Face's order."""
+        if stem not in self.architecture.permuted:
+            return array
+        heads = "num_attention_heads" if stem == "attn_q" else "num_key_value_heads"
+        return _unpermute(array, self._config[heads])
 
     def has_tensor(self, name: str) -> bool:
         """Whether the file holds a tensor of this GGUF name."""

@@ -12,6 +12,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ import numpy as np
 from vllm_core.backend import Runtime
 from vllm_core.errors import WeightError
 from vllm_core.ops import HostArray, LazyArray, Param, Part
-from vllm_core.weights.rules import TensorRule, WeightRule, WeightRules
-from vllm_core.weights.source import WeightSource
+from vllm_core.weights.rules import PartRule, TensorRule, WeightRule, WeightRules
+from vllm_core.weights.source import CodeFormat, WeightSource
+from vllm_core.weights.stored import Kept, actual_name
 
 Params = dict[str, Any]
 Progress = Callable[[int], None]
@@ -35,12 +37,13 @@ def load_params(
     runtime: Runtime,
     layer_specs: Sequence[Any],
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> Params:
     """The parameters on the device, "layers" in the form that `ops.layers` walks.
 
-    `progress` gets the bytes read since its last call; they add up to source.num_bytes(). Raises
-    WeightError for a tensor that is missing, unused, of another shape or not dense; OutOfMemory and
-    NotSupported come from the runtime.
+    kept: what is handed out as codes, from `kept_codes`. `progress` gets the bytes read since its
+    last call; they add up to source.num_bytes(). Raises WeightError for a tensor that is missing,
+    unused, of another shape or not dense; OutOfMemory and NotSupported come from the runtime.
     """
     names = _match_names(rules, source)
     meter = _Meter(source, list(names.values()), progress)
@@ -52,7 +55,19 @@ def load_params(
         dtype = "float32" if rule.add else source.dtype(names[rule.names[0]])
         return LazyArray(rule.loaded_shape, dtype, load)
 
-    params = _fill(rules, runtime, tensor, layer_specs)
+    def part(rule: WeightRule, place: int) -> Part:
+        formats = (kept or {}).get(rule.spec.name)
+        if formats is None:
+            return _dense_part(rule, rule.parts[place], tensor)
+        given = rule.parts[place]
+        more = {key: tensor(t, rule.spec.name, key) for key, t in given.tensors.items()}
+        del more["weight"]
+        name = names[given.tensors["weight"].names[0]]
+        size = rule.spec.shape[-1]
+        codes = _lazy_codes(formats[place], given.rows, size, cache(lambda: meter.codes(name)))
+        return Part(formats[place].scheme, codes | more, given.rows)
+
+    params = _fill(rules, runtime, part, layer_specs)
     meter.finish()
     return params
 
@@ -89,13 +104,37 @@ def dummy_params(
 
         return LazyArray(shape, "float32", load)
 
-    return _fill(rules, runtime, tensor, layer_specs)
+    def part(rule: WeightRule, place: int) -> Part:
+        return _dense_part(rule, rule.parts[place], tensor)
+
+    return _fill(rules, runtime, part, layer_specs)
+
+
+def _dense_part(
+    rule: WeightRule, part: PartRule, tensor: Callable[[TensorRule, str, str], LazyArray]
+) -> Part:
+    tensors = {key: tensor(t, rule.spec.name, key) for key, t in part.tensors.items()}
+    return Part("dense", tensors, part.rows)
+
+
+def _lazy_codes(
+    form: CodeFormat, rows: int, size: int, load: Callable[[], dict[str, HostArray]]
+) -> dict[str, HostArray | LazyArray]:
+    """load: of all its arrays, made once."""
+    groups = rows, size // form.group
+    found: dict[str, HostArray | LazyArray] = {
+        "codes": LazyArray((rows, size), "uint8", lambda: load()["codes"]),
+        "scales": LazyArray(groups, "float32", lambda: load()["scales"]),
+    }
+    if form.has_mins:
+        found["mins"] = LazyArray(groups, "float32", lambda: load()["mins"])
+    return found
 
 
 def _fill(
     rules: WeightRules,
     runtime: Runtime,
-    tensor: Callable[[TensorRule, str, str], LazyArray],
+    part: Callable[[WeightRule, int], Part],
     layer_specs: Sequence[Any],
 ) -> Params:
     """A tree of Params like that of the rules; a rule in two places gives one Param."""
@@ -103,14 +142,7 @@ def _fill(
 
     def leaf(rule: WeightRule) -> Param:
         if id(rule) not in done:
-            parts = [
-                Part(
-                    "dense",
-                    {key: tensor(t, rule.spec.name, key) for key, t in part.tensors.items()},
-                    part.rows,
-                )
-                for part in rule.parts
-            ]
+            parts = [part(rule, place) for place in range(len(rule.parts))]
             done[id(rule)] = runtime.load(rule.spec, parts)
         return done[id(rule)]
 
@@ -150,7 +182,7 @@ def _match_names(rules: WeightRules, source: WeightSource) -> dict[str, str]:
         for part in rule.parts:
             for tensor in part.tensors.values():
                 for name in tensor.names:
-                    actual = _actual_name(name, rules.prefix, there)
+                    actual = actual_name(name, rules.prefix, there)
                     if actual is None:
                         missing.append(name)
                         continue
@@ -173,13 +205,6 @@ def _match_names(rules: WeightRules, source: WeightSource) -> dict[str, str]:
             f"{_some(unused)}; its config describes another model or variant"
         )
     return found
-
-
-def _actual_name(name: str, prefix: str, there: set[str]) -> str | None:
-    if name in there:
-        return name
-    bare = name.removeprefix(prefix)
-    return bare if bare in there else None
 
 
 def _check_tensor(source: WeightSource, name: str, shape: tuple[int, ...]) -> None:
@@ -215,9 +240,17 @@ class _Meter:
 
     def load(self, name: str) -> HostArray:
         array = self._source.load(name)
+        self._count(name)
+        return array
+
+    def codes(self, name: str) -> dict[str, HostArray]:
+        arrays = self._source.load_codes(name)
+        self._count(name)
+        return arrays
+
+    def _count(self, name: str) -> None:
         self._read += self._size(name)
         self._tell(self._num_bytes * self._read // self._total)
-        return array
 
     def finish(self) -> None:
         """Tells what is left, for bytes that no rule reads."""

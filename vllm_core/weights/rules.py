@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_core.ops import ParamSpec
+from vllm_core.ops import ParamSpec, quantized
 
 Rules = dict[str, Any]
 """Nested dicts of WeightRule; "layers" holds a list with one such dict per layer."""
@@ -55,6 +55,14 @@ class WeightRule:
 
     spec: ParamSpec
     parts: tuple[PartRule, ...]
+    stays_dense: bool = False
+    """Never quantised: small, and a small error in it changes much."""
+
+    @property
+    def may_be_codes(self) -> bool:
+        """Whether it may be stored as codes: a matrix that inputs are multiplied with or looked up
+        in. Experts are kept dense for now."""
+        return not self.stays_dense and self.spec.role in ("linear", "embedding")
 
 
 @dataclass(frozen=True)
@@ -77,13 +85,37 @@ class WeightRules:
                 yield rule
 
     def num_values(self) -> int:
-        """Numbers in all parameters, which times the size of the dtype is their memory."""
+        """Numbers in all parameters."""
         return sum(
             math.prod(tensor.loaded_shape)
             for rule in self.leaves()
             for part in rule.parts
             for tensor in part.tensors.values()
         )
+
+    def stored_as(self, scheme: str) -> WeightRules:
+        """The same, with what comes dense quantised: linear layers to `scheme`, embedding and head
+        to 8 bits. What no group divides stays dense."""
+        head, wide = self.params.get("head"), scheme.replace("int4", "int8")
+        done: dict[int, WeightRule] = {}
+
+        def stored(rule: WeightRule) -> WeightRule:
+            wanted = wide if rule is head or rule.spec.role == "embedding" else scheme
+            size = rule.spec.shape[-1]
+            if wanted == "dense" or not rule.may_be_codes:
+                return rule
+            if quantized.group_for(quantized.BITS[wanted], size) is None:
+                return rule
+            return replace(rule, spec=replace(rule.spec, scheme=wanted))
+
+        def walk(node: Any) -> Any:
+            if isinstance(node, WeightRule):
+                return done.setdefault(id(node), stored(node))
+            if isinstance(node, dict):
+                return {name: walk(child) for name, child in node.items()}
+            return [walk(child) for child in node]
+
+        return replace(self, params=walk(self.params))
 
 
 def _leaves(tree: Any) -> Iterator[WeightRule]:
@@ -94,10 +126,13 @@ def _leaves(tree: Any) -> Iterator[WeightRule]:
         yield from _leaves(child)
 
 
-def linear(name: str, *sources: tuple[str, int], size: int, bias: bool) -> WeightRule:
+def linear(
+    name: str, *sources: tuple[str, int], size: int, bias: bool, stays_dense: bool = False
+) -> WeightRule:
     """[sum of rows, size] of modules (name, rows), fused along the output axis."""
     parts = tuple(_linear_part(source, rows, size, bias, False) for source, rows in sources)
-    return WeightRule(ParamSpec(name, (sum(p.rows for p in parts), size), "linear"), parts)
+    spec = ParamSpec(name, (sum(p.rows for p in parts), size), "linear")
+    return WeightRule(spec, parts, stays_dense)
 
 
 def transposed_linear(name: str, source: str, rows: int, size: int) -> WeightRule:
@@ -114,10 +149,12 @@ def _linear_part(source: str, rows: int, size: int, bias: bool, transpose: bool)
     return PartRule(tensors, rows)
 
 
-def embedding(name: str, source: str, rows: int, size: int) -> WeightRule:
+def embedding(
+    name: str, source: str, rows: int, size: int, *, stays_dense: bool = False
+) -> WeightRule:
     """[rows, size] of one tensor."""
     part = PartRule({"weight": TensorRule((f"{source}.weight",), (rows, size))}, rows)
-    return WeightRule(ParamSpec(name, (rows, size), "embedding"), (part,))
+    return WeightRule(ParamSpec(name, (rows, size), "embedding"), (part,), stays_dense)
 
 
 def norm(name: str, source: str, size: int, *, add: float = 0.0, bias: bool = False) -> WeightRule:

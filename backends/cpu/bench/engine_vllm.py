@@ -1,4 +1,4 @@
-"""vLLM's CPU build, for a comparison, in one process.
+"""vLLM's CPU build, for a comparison.
 
 Knows: vllm. Does not know: other engines.
 """
@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
+import vllm
 from work import MAX_LEN, MAX_ROWS, Run, Stamps, serve
 
 
-def load(folder: str, threads: int) -> tuple[str, Run]:
-    """The engine in bfloat16."""
-    import vllm
-
+def load(folder: str, threads: int, weights: str) -> tuple[dict[str, Any], Run]:
+    """The engine in bfloat16, its KV cache too. Threads are bound by its environment: peers.py."""
     llm = vllm.LLM(
         model=folder,
-        dtype="bfloat16",
+        dtype=weights,
         max_model_len=MAX_LEN,
         max_num_seqs=MAX_ROWS,
         enable_prefix_caching=True,
@@ -29,17 +29,21 @@ def load(folder: str, threads: int) -> tuple[str, Run]:
         params = vllm.SamplingParams(
             temperature=0.0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False
         )
-        names = [str(next(number)) for _ in prompts]
-        for name, prompt in zip(names, prompts, strict=True):
+        stamps: dict[str, list[float]] = {}
+        for prompt in prompts:
+            name = str(next(number))
+            stamps[name] = []
             engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        stamps: dict[str, list[float]] = {name: [] for name in names}
         while engine.has_unfinished_requests():
-            for output in engine.step():
-                own = next(s for n, s in stamps.items() if output.request_id.startswith(n))
-                own += [time.perf_counter()] * (len(output.outputs[0].token_ids) - len(own))
+            outputs = engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                own = stamps[output.request_id]
+                own += [now] * (len(output.outputs[0].token_ids) - len(own))
         return list(stamps.values())
 
-    return vllm.__version__, run
+    about = {"version": vllm.__version__, "weights": weights, "compute": weights, "kv": weights}
+    return about, run
 
 
 if __name__ == "__main__":

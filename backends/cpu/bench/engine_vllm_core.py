@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from work import MAX_LEN, MAX_ROWS, Run, Stamps, serve
 
@@ -18,8 +19,9 @@ from vllm_core.params import SamplingParams
 KV_BYTES = 1 << 30
 
 
-def load(folder: str, threads: int) -> tuple[str, Run]:
-    """The engine in bfloat16."""
+def load(folder: str, threads: int, weights: str) -> tuple[dict[str, Any], Run]:
+    """The engine in bfloat16, its KV cache too; weights quantised when they are loaded."""
+    more: dict[str, Any] = {} if weights == "bfloat16" else {"quantization": weights}
     engine = LLMEngine(
         EngineConfig(
             model=folder,
@@ -30,6 +32,7 @@ def load(folder: str, threads: int) -> tuple[str, Run]:
             max_num_seqs=MAX_ROWS,
             max_num_batched_tokens=MAX_LEN,
             kv_cache_memory=KV_BYTES,
+            **more,
         )
     )
 
@@ -46,7 +49,13 @@ def load(folder: str, threads: int) -> tuple[str, Run]:
                 own += [now] * (len(state.streams[0].tokens) - len(own))
         return stamps
 
-    return vllm_core.__version__, run
+    about = {
+        "version": vllm_core.__version__,
+        "weights": weights,
+        "compute": engine.describe()["model"]["dtype"],
+        "kv": ", ".join({a.kv.dtype for a in engine.opened.spec.attention_specs}),
+    }
+    return about, run
 
 
 if __name__ == "__main__":

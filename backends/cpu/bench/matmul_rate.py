@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from vllm_core.ops import Param
 from vllm_core_cpu import native
+from vllm_core_cpu.ops import CpuOps
 from vllm_core_cpu.weights import pack
 
 TOKENS = 1024
@@ -39,19 +41,17 @@ def main() -> None:
     if kernels is None:
         raise SystemExit(why)
     kernels.set_threads(threads)
+    ops = CpuOps(kernels, torch.device("cpu"))
     totals = {"ours": 0.0, "torch": 0.0}
     operations = 0
     with torch.inference_mode():
         for n, k in shapes(folder):
             x = torch.randn(TOKENS, k).bfloat16()
             weight = (torch.randn(n, k) / k**0.5).bfloat16()
-            _, facts = packed = pack(kernels, weight, None)
-            out = torch.empty(TOKENS, n, dtype=torch.bfloat16)
-            ours = (facts.addresses["plain"], x.data_ptr(), k, out.data_ptr(), TOKENS)
-            totals["ours"] += median(partial(kernels.linear, *ours))
+            param = Param(*pack(kernels, weight, None))
+            totals["ours"] += median(partial(ops.linear, x, param))
             totals["torch"] += median(partial(F.linear, x, weight))
             operations += 2 * TOKENS * n * k
-            del packed  # the kernel read it by address
     print(
         json.dumps({f"matmul TFLOP/s, {name}": operations / s / 1e12 for name, s in totals.items()})
     )

@@ -78,9 +78,7 @@ def test_pieces_in_other_codes_lie_one_below_the_other(
     bias = torch.arange(164, dtype=torch.float32)
     _, packed = weights.pack_codes(kernels, parts, bias, dtype)
     assert [(piece.first, piece.rows) for piece in packed.pieces] == [(0, 134), (134, 30)]
-    values = [
-        quantized.dequantize(part.tensors, quantized.BITS[part.scheme]) for part in parts
-    ]
+    values = [quantized.dequantize(part.tensors, quantized.BITS[part.scheme]) for part in parts]
     expected = torch.from_numpy(np.concatenate(values)).to(dtype)
     assert torch.equal(weights.unpack(kernels, packed), expected)
     ids = torch.tensor([163, 0, 70, 134], dtype=torch.int32)
@@ -91,9 +89,7 @@ def test_pieces_in_other_codes_lie_one_below_the_other(
         kernels.linear(
             piece.addresses["wide"], x.data_ptr(), 128, out.data_ptr() + 4 * piece.first, 5
         )
-    laws = [
-        quantized.product(x.float().numpy(), part.tensors, part.scheme) for part in parts
-    ]
+    laws = [quantized.product(x.float().numpy(), part.tensors, part.scheme) for part in parts]
     torch.testing.assert_close(
         out, torch.from_numpy(np.concatenate(laws, 1)) + bias, rtol=1e-5, atol=1e-3
     )

@@ -69,7 +69,9 @@ class CpuRuntime(TorchRuntime):
                 return self._load_codes(spec, parts)
             tensors = self._joined(dense_tensors(spec, parts))
             spec.check(tensors["weight"].shape)
-            return Param(*pack(self._kernels, tensors["weight"], tensors.get("bias"), self._chunks.take))
+            return Param(
+                *pack(self._kernels, tensors["weight"], tensors.get("bias"), self._chunks.take)
+            )
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(f"no memory for the weight {spec.name} {list(spec.shape)}") from error
 
@@ -87,9 +89,9 @@ class CpuRuntime(TorchRuntime):
             codes.append(Codes(part.scheme, part.tensors))
         if len(biases) not in (0, len(parts)):
             raise WeightError(f"{spec.name}: {len(biases)} of {len(parts)} parts have a bias")
-        bias = self._joined({"bias": biases})["bias"] if biases else None
+        joined = self._joined({"bias": biases})["bias"] if biases else None
         dtype = dtype_of(self.dtype)
-        arrays, facts = pack_codes(self._kernels, codes, bias, dtype, self._chunks.take)
+        arrays, facts = pack_codes(self._kernels, codes, joined, dtype, self._chunks.take)
         spec.check((facts.n, facts.k))
         return Param(arrays, facts)
 

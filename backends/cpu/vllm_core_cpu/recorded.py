@@ -136,12 +136,12 @@ class _Recorder:
         self._note(ADD, native.Rows, ctypes.addressof(rows))
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees all that torch does in a walk: views pass, memory comes from the arena, a sum and a copy
     become our kernels' work, and anything else ends the recording."""
 
     def __init__(self, recorder: _Recorder, arena: Arena) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder, self._arena = recorder, arena
         self.foreign: str | None = None
 
@@ -220,7 +220,8 @@ def _owned(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return tree.clone(memory_format=torch.contiguous_format)
     if isinstance(tree, AttentionPlan) and isinstance(tree.arrays, PlanArrays):
-        step, record = (type(x).from_buffer_copy(x) for x in (tree.arrays.step, tree.arrays.record))
+        step = native.AttendStep.from_buffer_copy(tree.arrays.step)
+        record = native.Attend.from_buffer_copy(tree.arrays.record)
         record.step = ctypes.addressof(step)
         arrays = PlanArrays(step, record, ctypes.addressof(record), tree.arrays.held)
         return replace(tree, arrays=arrays)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_core.ops import Ops
+from vllm_core.ops import Ops, Param
 from vllm_core_conformance.case import Evidence, require
 from vllm_core_conformance.score import (
     CLASSES,
@@ -63,7 +63,14 @@ class Weights:
     tensors: Tensors
 
 
-Arg: TypeAlias = Activation | Fixed | Weights
+@dataclass(frozen=True)
+class Loaded:
+    """A Param that is on the device already."""
+
+    param: Param
+
+
+Arg: TypeAlias = Activation | Fixed | Weights | Loaded
 
 
 @dataclass
@@ -94,7 +101,7 @@ class Bench:
     ) -> tuple[Any, ...]:
         """fn(ops, *values) as a program -> its results on the host, in the device's own dtypes.
 
-        args: Activation, Fixed or Weights. fn must close over nothing that a seed decides.
+        args: Activation, Fixed, Weights or Loaded. fn must close over nothing that a seed decides.
         """
         args = list(args)
         target, ops = self.target, self.target.ops
@@ -105,7 +112,7 @@ class Bench:
         values = [self._on_device(arg) for arg in args]
         found = target.call(("ops", tag), program, *values)
         for place, (arg, value) in enumerate(zip(args, values)):
-            if not isinstance(arg, Weights):
+            if isinstance(arg, (Activation, Fixed)):
                 what = f"{tag}: the op changed its input {place}"
                 self.evidence += require_equal(
                     wide(target.fetch(value)), wide(arg.value), what, nan_equal=True
@@ -125,6 +132,8 @@ class Bench:
         target = self.target
         if isinstance(arg, Weights):
             return target.param(arg.role, arg.tensors)
+        if isinstance(arg, Loaded):
+            return arg.param
         if isinstance(arg, Activation):
             return target.array(arg.value)
         with calling("asarray"):

@@ -1,7 +1,7 @@
 """Cases: weights and caches of few bits.
 
-Seam 0.1 has no scheme but dense and no cache but in the model's dtype, so there is no kernel to
-judge yet: what is undeclared is refused, and what is declared fails until a case judges it.
+Schemes that the contract defines are judged in `quantised_weights`; other names, and caches but in
+the model's dtype, are refused where they are undeclared, and fail where they are declared.
 
 Knows: names of schemes in common use. Does not know: their mathematics.
 """
@@ -10,28 +10,31 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_core.backend import AttentionSpec, KVFormat, KVGroup
-from vllm_core.errors import NotSupported
+from vllm_core.errors import NotSupported, VllmCoreError
 from vllm_core.ops import LazyArray, ParamSpec, Part
 from vllm_core_conformance.case import Case, Evidence, Failed, require
+from vllm_core_conformance.cases import quantised_weights
+from vllm_core_conformance.cases.quantised_products import BITS, make_codes
 from vllm_core_conformance.target import Target, numpy_dtype, wide
 
 Numbers = NDArray[Any]
 
 ROWS, SIZE = 6, 64
-SCHEMES = ("int8", "int4", "fp8", "mxfp4", "gptq", "awq", "q4_0", "q8_0", "no such scheme")
-JUDGED = frozenset({"dense"})
+SCHEMES = ("int3", "fp8", "mxfp4", "gptq", "awq", "q4_0", "q8_0", "no such scheme")
+JUDGED = frozenset({"dense", *BITS})
 """Schemes that some case of this requirement set judges."""
 
 
 def _tensors(scheme: str, rng: np.random.Generator) -> Mapping[str, Numbers]:
     """As a checkpoint of such a scheme might have them."""
-    if scheme in ("int4", "mxfp4", "gptq", "awq", "q4_0"):
+    if scheme in ("mxfp4", "gptq", "awq", "q4_0"):
         weight = rng.integers(0, 256, (ROWS, SIZE // 2), dtype=np.uint8)
         return {"weight": weight, "scale": np.full((ROWS, 2), 0.5, np.float32)}
     weight = rng.integers(-127, 128, (ROWS, SIZE)).astype(np.int8)
@@ -76,10 +79,38 @@ def schemes(target: Target, seed: int) -> Evidence:
             found.checks += 1
     lazy = LazyArray((ROWS, SIZE), "int8", lambda: np.ones((ROWS, SIZE), np.int8))
     spec = ParamSpec("weight", (ROWS, SIZE), "linear")
-    if "int8" not in target.caps.schemes:
-        _refused(target, spec, [Part("int8", {"weight": lazy}, ROWS)], "int8")
-        found.checks += 1
+    _refused(target, spec, [Part("no such scheme", {"weight": lazy}, ROWS)], "no such scheme")
+    asked = replace(spec, scheme="no such scheme")
+    _refused(target, asked, [_dense(rng, ROWS)], "no such scheme")
+    found.checks += 2
+    found += _damaged(target, rng)
     found.checks += _still_works(target, rng)
+    return found
+
+
+def _damaged(target: Target, rng: np.random.Generator) -> Evidence:
+    """Codes of a declared scheme that cannot be right are refused, not guessed at."""
+    found = Evidence()
+    for scheme in sorted(set(BITS) & target.caps.schemes):
+        right = make_codes(rng, scheme, ROWS, SIZE, 32).tensors
+        for what, change in {
+            "of one row less": {"codes": right["codes"][1:]},
+            "with half as many inputs": {"codes": right["codes"][:, ::2]},
+            "with scales for one row less": {"scales": right["scales"][1:]},
+            "with scales for three groups of 64 inputs": {"scales": np.ones((ROWS, 3), np.float32)},
+        }.items():
+            part = Part(scheme, {**right, **change}, ROWS)
+            try:
+                target.runtime.load(ParamSpec("weight", (ROWS, SIZE), "linear"), [part])
+            except VllmCoreError:
+                found.checks += 1
+                continue
+            except Exception as error:
+                raise Failed(
+                    f"load of {scheme} codes {what} raised {type(error).__name__}, which does not "
+                    "say whose fault it is"
+                ) from error
+            raise Failed(f"load took {scheme} codes {what}")
     return found
 
 
@@ -181,4 +212,5 @@ CASES: tuple[Case, ...] = (
     Case("quantised.schemes", "refuses weight schemes that it does not declare", schemes, _PROFILE),
     Case("quantised.declared", "declares nothing that nobody judges", declared, _PROFILE),
     Case("quantised.caches", "refuses KV formats that it does not declare", caches, _PROFILE),
+    *quantised_weights.CASES,
 )

@@ -37,7 +37,7 @@ def noise_linear(
     x: Numbers, weight: Numbers, bias: Numbers | None = None, *, ratio: float
 ) -> Numbers:
     """|c| + |bias| + ratio sqrt(k) sqrt(sum a^2 b^2)."""
-    n = np.abs(linear(x, weight, bias)) + ratio * _noise_sum(x, weight)
+    n = np.abs(linear(x, weight, bias)) + ratio * noise_sum(x, weight)
     return np.asarray(n if bias is None else n + np.abs(bias))
 
 
@@ -57,7 +57,8 @@ def noise_logits(
     return n
 
 
-def _noise_sum(x: Numbers, weight: Numbers) -> Numbers:
+def noise_sum(x: Numbers, weight: Numbers) -> Numbers:
+    """Of a float32 sum in any order: sqrt(k) sqrt(sum a^2 b^2), and what may be flushed."""
     spread = np.sqrt(x.shape[-1] * times(x * x, weight * weight))
     lost = np.abs(weight).sum(-1) + np.abs(x).sum(-1, keepdims=True)
     return np.asarray(spread + FLUSHED * lost)
@@ -213,7 +214,12 @@ def noise_gated_linear(
     x: Numbers, weight: Numbers, bias: Numbers | None, kind: str, *, ratio: float
 ) -> Numbers:
     """That of the gate, and of its two arguments, which may have been rounded before."""
-    both, noise = linear(x, weight, bias), noise_linear(x, weight, bias, ratio=ratio)
+    noise = noise_linear(x, weight, bias, ratio=ratio)
+    return noise_gated_of(linear(x, weight, bias), noise, kind, ratio=ratio)
+
+
+def noise_gated_of(both: Numbers, noise: Numbers, kind: str, *, ratio: float) -> Numbers:
+    """Of the gate of a product with such noise."""
     half = both.shape[-1] // 2
     of_gate = np.abs(_slope(both[..., :half], kind) * both[..., half:]) * noise[..., :half]
     of_up = np.abs(activation(both[..., :half], kind)) * noise[..., half:]
@@ -265,12 +271,12 @@ def noise_moe_experts(
             continue
         rows, w1, w2 = x[token], gate_up[expert], down[expert]
         both = times(rows, w1)
-        error = np.abs(both) + ratio * _noise_sum(rows, w1)
+        error = np.abs(both) + ratio * noise_sum(rows, w1)
         gate, up = both[:, :half], both[:, half:]
         hidden = gated(both, "silu")
         spread = np.abs(hidden) + np.abs(activation(gate, "silu")) * error[:, half:]
         spread = spread + np.abs(_slope(gate, "silu") * up) * error[:, :half]
-        own = np.abs(times(hidden, w2)) + ratio * _noise_sum(hidden, w2)
+        own = np.abs(times(hidden, w2)) + ratio * noise_sum(hidden, w2)
         own = own + np.sqrt(times(spread**2, w2**2))
         np.add.at(n, token, np.abs(shares[token, place, None]) * own)
     return n

@@ -31,6 +31,7 @@ MODULES = (
     "sampling",
     "stepping",
     "weights",
+    "quantised",
     "serving",
 )
 """Modules of `zoo.faults`, each with FAULTS, a tuple of `Fault`."""

@@ -21,6 +21,7 @@ from vllm_core.backend import (
 from vllm_core.bindings.numpy import NumpyOps
 from vllm_core.errors import InvalidArgument, NotSupported
 from vllm_core.ops import Array, HostArray, Param
+from vllm_core_conformance.zoo.coded import ApartRuntime, TileRuntime
 from vllm_core_conformance.zoo.honest_limited import LIMITED, LIMITED_DTYPES
 from vllm_core_conformance.zoo.kernel import HostLengths, Kernel, wide
 from vllm_core_conformance.zoo.runtime import (
@@ -211,6 +212,8 @@ HONEST: dict[str, Open] = {
     "honest_plain": AllDtypesRuntime,
     "honest_coarse": CoarseRuntime,
     "honest_modest": ModestRuntime,
+    "honest_codes": TileRuntime,
+    "honest_codes_apart": ApartRuntime,
     "honest_reference": reference,
     "honest_torch": torch_open,
     "honest_jax": jax_open,

@@ -32,6 +32,7 @@ RELATED = {
     "ops": ("ops",),
     "moe": ("ops",),
     "weights": ("weights", "ops"),
+    "quantised": ("quantised", "weights"),
     "stepping": ("stepping", "programs"),
     "sampling": ("sampling",),
     "serving": ("serving", "programs"),

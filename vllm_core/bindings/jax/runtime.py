@@ -30,7 +30,7 @@ from vllm_core.backend import (
 from vllm_core.bindings.jax.attention import JaxAttention
 from vllm_core.bindings.jax.memory import allocating, report
 from vllm_core.bindings.jax.ops import JaxOps
-from vllm_core.bindings.parts import dense_tensors
+from vllm_core.bindings.parts import SCHEMES, dense_tensors
 from vllm_core.errors import BackendError
 from vllm_core.ops import BucketKey, Features, HostArray, Param, ParamSpec, Part
 from vllm_core.params import MAX_LOGPROBS
@@ -85,6 +85,7 @@ class JaxRuntime(Runtime):
         self.caps = Capabilities(
             dtypes=frozenset(("float32", "bfloat16", "float16")),
             default_dtype="float32" if is_host else "bfloat16",
+            schemes=SCHEMES,
             static_shapes=True,
             shares_host_memory=is_host,
         )

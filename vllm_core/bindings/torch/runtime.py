@@ -30,7 +30,7 @@ from vllm_core.backend import (
     SingleDevice,
 )
 from vllm_core.bindings import machine
-from vllm_core.bindings.parts import dense_tensors
+from vllm_core.bindings.parts import SCHEMES, dense_tensors
 from vllm_core.bindings.torch import packing
 from vllm_core.bindings.torch.attention import TorchAttention
 from vllm_core.bindings.torch.bag_attention import BagAttention
@@ -65,7 +65,10 @@ class TorchRuntime(Runtime):
             )
         is_host = device.type == "cpu"
         self.caps = Capabilities(
-            dtypes=frozenset(DTYPES), default_dtype=default, shares_host_memory=is_host
+            dtypes=frozenset(DTYPES),
+            default_dtype=default,
+            schemes=SCHEMES,
+            shares_host_memory=is_host,
         )
         self.torch_device = device
         self.threads = threads or machine.usable_cpus()

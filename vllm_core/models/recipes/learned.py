@@ -197,7 +197,7 @@ def _weights(
     num_positions = spec.max_model_len + (spec.position_offset or 0)
     params: dict[str, Any] = {
         "embed": rules.embedding("embed", embed, spec.vocab_size, size),
-        "positions": rules.embedding("positions", positions, num_positions, size),
+        "positions": rules.embedding("positions", positions, num_positions, size, stays_dense=True),
         "layers": layers,
         "norm": rules.norm("norm", norm, size, bias=True),
     }

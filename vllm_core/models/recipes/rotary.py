@@ -239,7 +239,9 @@ def moe_rules(router: str, experts: str, gate: str, up: str, down: str) -> MoERu
         name = at.removeprefix("model.")
         source, n = f"{at}.{experts}", moe.num_experts
         return {
-            "router": rules.linear(f"{name}.router", (f"{at}.{router}", n), size=size, bias=False),
+            "router": rules.linear(
+                f"{name}.router", (f"{at}.{router}", n), size=size, bias=False, stays_dense=True
+            ),
             "gate_up": rules.experts(f"{name}.gate_up", source, (gate, up), n, moe.size, size),
             "down": rules.experts(f"{name}.down", source, (down,), n, size, moe.size),
         }

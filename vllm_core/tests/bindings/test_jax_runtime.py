@@ -179,8 +179,8 @@ def test_parts_are_joined_along_the_output_axis(runtime: JaxRuntime) -> None:
 
 def test_a_param_that_cannot_be_loaded_is_refused(runtime: JaxRuntime) -> None:
     spec, weight = ParamSpec("qkv", (2, 3), "linear"), np.ones((1, 3), np.float32)
-    with pytest.raises(NotSupported, match="int4"):
-        runtime.load(spec, [Part("int4", {"weight": weight}, 1)])
+    with pytest.raises(NotSupported, match="int3"):
+        runtime.load(spec, [Part("int3", {"weight": weight}, 1)])
     with_bias = Part("dense", {"weight": weight, "bias": weight[:, 0]}, 1)
     with pytest.raises(WeightError, match="1 of 2 parts have a bias"):
         runtime.load(spec, [with_bias, Part("dense", {"weight": weight}, 1)])

@@ -187,8 +187,8 @@ def test_parts_are_joined_cast_and_given_back(dtype: str, role: str) -> None:
 
 def test_bad_weights_are_refused(runtime: TorchRuntime) -> None:
     weight = np.zeros((4, 3), np.float32)
-    with pytest.raises(NotSupported, match="scheme 'int4'"):
-        runtime.load(ParamSpec("w", (4, 3), "linear"), [Part("int4", {"weight": weight}, 4)])
+    with pytest.raises(NotSupported, match="scheme 'int3'"):
+        runtime.load(ParamSpec("w", (4, 3), "linear"), [Part("int3", {"weight": weight}, 4)])
     with pytest.raises(WeightError, match=r"\[5, 3\]"):
         runtime.load(ParamSpec("w", (5, 3), "linear"), [Part("dense", {"weight": weight}, 4)])
     with pytest.raises(NotSupported, match="int8"):

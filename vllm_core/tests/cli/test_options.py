@@ -60,7 +60,7 @@ def test_every_engine_option_reaches_the_config() -> None:
     args = parse(
         add_engine_options,
         *"--model m --tokenizer t --revision r --backend b".split(),
-        *"--dtype float32 --load-format dummy".split(),
+        *"--dtype float32 --load-format dummy --quantization int8".split(),
         *"--max-model-len 1 --max-num-seqs 2 --max-num-batched-tokens 3 --block-size 4".split(),
         *"--kv-cache-memory 1K --memory-utilization 0.5 --no-prefix-caching".split(),
         *"--no-async-scheduling --scheduling-policy priority --seed 5 --threads 6".split(),
@@ -72,6 +72,7 @@ def test_every_engine_option_reaches_the_config() -> None:
         backend="b",
         dtype="float32",
         load_format="dummy",
+        quantization="int8",
         max_model_len=1,
         max_num_seqs=2,
         max_num_batched_tokens=3,

@@ -33,7 +33,13 @@ from vllm_core.tests.engine.tiny import (
     make_request,
     make_spec,
 )
-from vllm_core.tests.engine.watch import Watch, check_blocks, check_empty, check_rows
+from vllm_core.tests.engine.watch import (
+    Watch,
+    check_blocks,
+    check_empty,
+    check_rows,
+    tokens_of,
+)
 
 MAX_IN_FLIGHT = 3
 STOP = 5
@@ -108,8 +114,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight: list[Plan] = []
         self.expected: dict[int, Expected] = {}
         self.requests: list[Request] = []
-        self.first_plans: list[int] = []
-        """Arrival numbers in the order in which their first sequences first ran."""
+        self.started: set[int] = set()
+        """Arrival numbers of the requests that have run."""
         self.paused: set[str] = set()
         self.ever_paused: set[int] = set()
         self.num_added = 0
@@ -179,13 +185,41 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = self.scheduler.schedule()
         self.watch.see(plan)
         if plan is None:
+            is_idle = not self.in_flight and not self.paused & self.scheduler.requests.keys()
+            assert not (is_idle and self.scheduler.requests), "a step is empty for no reason"
             return
         self.in_flight.append(plan)
-        arrivals = {s.request.arrival for s in plan.owners}
-        self.first_plans += sorted(arrivals - set(self.first_plans))
+        self._check_order(plan)
         for i, sequence in enumerate(plan.owners):
             assert sequence.request.request_id not in self.paused, "a paused request ran"
             self._check_tokens(plan, i)
+
+    def _check_order(self, plan: Plan) -> None:
+        """First come, first given a row, but for those whose next block this very step computes."""
+        new = {s.request.arrival for s in plan.owners} - self.started
+        self.started |= new
+        if self.scheduler.limits.policy != "fcfs" or not new:
+            return
+        for request in self.scheduler.requests.values():
+            is_before = request.arrival < max(new) and request.arrival not in self.started
+            is_overtaken = is_before and request.sequences[0].row < 0
+            if is_overtaken and request.arrival not in self.ever_paused:
+                assert self._waits_for_a_block(request, plan), "overtaken for no reason"
+
+    def _waits_for_a_block(self, request: Request, plan: Plan) -> bool:
+        """Some row of the plan computes a part of a full block that the request could share."""
+        size, root = int(self.scheduler.kv.sizes[0]), request.hash_root
+        usable = (len(request.prompt) - 1) // size * size
+        if request.needs_prompt_scores or root is None:
+            return False
+        for owner, start, q in zip(plan.owners, plan.start, plan.query_len, strict=True):
+            own = tokens_of(self.scheduler, owner)
+            same = 0
+            while same < usable and own[same : same + size] == request.prompt[same : same + size]:
+                same += size
+            if start < same and q > 0 and owner.request.hash_root == root:
+                return True
+        return False
 
     def _check_tokens(self, plan: Plan, i: int) -> None:
         """The ids sent are the sequence's own at these places, or the one that the device drew."""
@@ -214,6 +248,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         scores = {t.place: _scores(t.targets) for t in plan.prompt_targets}
         before = {id(s): s.is_finished for s in plan.owners}
         events = self.scheduler.update(plan, StepResult(tokens, fault, fault, None), scores)
+        if poison < n and plan.draws[poison]:
+            sequence = plan.owners[poison]
+            assert not self._can_be_shared(sequence), "what a poisoned sequence computed is found"
+            assert sequence.is_finished or sequence.is_apart, "it must end, or find nothing again"
         for event in events:
             known = self.expected[id(event.sequence)]
             assert not known.is_ended, "an event of a sequence that had ended"
@@ -227,7 +265,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert not known.is_ended
                 known.is_ended = True
                 known.is_poisoned = sequence.finish_reason == "error"
-                assert not known.is_poisoned or not self._can_be_shared(sequence)
                 if not known.is_poisoned:
                     assert known.tokens == known.full_answer()
                     by_stop = known.tokens[-1] in sequence.request.stop_ids
@@ -254,6 +291,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def lose_the_device(self) -> None:
         self.in_flight.clear()
         self.scheduler.restart()
+        self.watch.forget()
         assert not self.scheduler.rows.active.any()
         assert all(not pool.key_of for pool in self.scheduler.kv.pools)
 
@@ -286,12 +324,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 sibling = sequence.index > 0 and not request.sequences[0].is_prompt_done
                 places = (sequence.row >= 0) + (sequence in waiting) + (sequence.num_in_flight > 0)
                 assert places == (0 if sibling else 1)
-
-    @invariant()
-    def requests_start_in_the_order_of_arrival(self) -> None:
-        if hasattr(self, "scheduler") and self.scheduler.limits.policy == "fcfs":
-            free = [a for a in self.first_plans if a not in self.ever_paused]
-            assert free == sorted(free)
 
     def teardown(self) -> None:
         """Everything that was submitted ends, once, and leaves nothing behind."""

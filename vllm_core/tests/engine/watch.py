@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vllm_core.engine import prefix_cache
 from vllm_core.engine.core import EngineCore
+from vllm_core.engine.request import Sequence
 from vllm_core.engine.scheduler import Scheduler
 from vllm_core.plan import Plan
 
 
+class Write(NamedTuple):
+    """Who wrote one place of a block last."""
+
+    group: int
+    sequence: Sequence
+    position: int
+
+
 class Watch:
-    """Looks at each plan as it leaves the scheduler, and keeps the tables that the device has."""
+    """Looks at each plan as it leaves the scheduler, and keeps what the device has: its tables, and
+    who wrote which place of which block."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         kv = scheduler.kv
         self.tables = [np.zeros_like(table) for table in kv.blocks]
         self.num_plans = 0
+        self.written: list[dict[tuple[int, int], Write]] = [{} for _ in kv.pools]
+        """Per pool, by (block, place in it)."""
+
+    def forget(self) -> None:
+        """The device lost its state and its cache."""
+        for table in self.tables:
+            table.fill(0)
+        for places in self.written:
+            places.clear()
 
     def see(self, plan: Plan | None) -> None:
         check_blocks(self.scheduler)
@@ -27,6 +47,7 @@ class Watch:
             return
         self.num_plans += 1
         self._check_limits(plan)
+        self._check_hits(plan)
         self._check_writers(plan)
         self._check_tables(plan)
 
@@ -51,20 +72,70 @@ class Watch:
         assert len(plan.resets) <= len(plan.rows)
         assert set(plan.resets[:, 0].tolist()) <= set(plan.rows.tolist())
 
+    def _check_hits(self, plan: Plan) -> None:
+        """Every block that a prefix hit brings was written by earlier steps, in every place that
+        the row can see, from the row's own tokens."""
+        kv = self.scheduler.kv
+        starts = dict(zip(plan.rows.tolist(), plan.start.tolist(), strict=True))
+        for row, hit in plan.resets[:, :2].tolist():
+            sequence = self.scheduler.rows.owner[row]
+            assert starts[row] == hit, "the device and the plan differ about the hit"
+            assert sequence.num_preemptions or sequence.num_hit_tokens == hit
+            own = tokens_of(self.scheduler, sequence)
+            for g, group in enumerate(kv.groups):
+                for column in range(group.first_live(hit), hit // group.block_tokens):
+                    self._check_content(g, int(kv.blocks[g][row, column]), sequence, column, own)
+
+    def _check_content(
+        self, g: int, block: int, sequence: Sequence, column: int, own: list[int]
+    ) -> None:
+        """The block was written in full, as this column of a sequence that starts with the tokens
+        `own` up to there."""
+        scheduler = self.scheduler
+        group = scheduler.kv.groups[g]
+        for place in range(group.block_tokens):
+            position = column * group.block_tokens + place
+            write = self.written[group.pool].get((block, place))
+            assert write is not None, "a block is shared that no step has written"
+            assert (write.group, write.position) == (g, position)
+            theirs = tokens_of(scheduler, write.sequence)
+            assert len(theirs) > position, "a token that the host does not know is shared"
+            assert theirs[: position + 1] == own[: position + 1]
+            root = sequence.request.hash_root
+            assert root == write.sequence.request.hash_root, "shared with a stranger"
+
     def _check_writers(self, plan: Plan) -> None:
         kv = self.scheduler.kv
         writers: set[tuple[int, int]] = set()
-        for row, start, q in zip(plan.rows, plan.start, plan.query_len, strict=True):
+        for row, start, q in zip(
+            plan.rows.tolist(), plan.start.tolist(), plan.query_len.tolist(), strict=True
+        ):
+            sequence = self.scheduler.rows.owner[row]
             for g, group in enumerate(kv.groups):
-                size = group.block_tokens
+                size, pool = group.block_tokens, kv.pools[group.pool]
                 for column in range(start // size, (start + q - 1) // size + 1):
                     block = int(kv.blocks[g][row, column])
-                    pool = kv.pools[group.pool]
                     assert block > 0, "a valid token is written to the null block"
                     assert (group.pool, block) not in writers, f"block {block} has two writers"
                     writers.add((group.pool, block))
                     assert pool.references[block] == 1, f"block {block} is written while shared"
-                    assert block not in pool.key_of, f"block {block} is written while findable"
+                    begin, end = max(start, column * size), min(start + q, (column + 1) * size)
+                    for position in range(begin, end):
+                        write = Write(g, sequence, position)
+                        self.written[group.pool][block, position % size] = write
+                    if block in pool.key_of:
+                        self._check_findable(g, block, sequence, column)
+
+    def _check_findable(self, g: int, block: int, sequence: Sequence, column: int) -> None:
+        """A block that this step writes to may be found from now on if the step completes it."""
+        group, own = self.scheduler.kv.groups[g], tokens_of(self.scheduler, sequence)
+        self._check_content(g, block, sequence, column, own)
+        hashes: list[bytes] = []
+        first = sequence.request.hash_root
+        assert first is not None, "a block that is nobody else's can be found"
+        tokens = np.array(own[: (column + 1) * group.block_tokens], np.int32)
+        prefix_cache.extend(hashes, first, tokens, group.block_tokens)
+        assert self.scheduler.kv.pools[group.pool].key_of[block] == (g, hashes[column])
 
     def _check_tables(self, plan: Plan) -> None:
         kv = self.scheduler.kv
@@ -102,6 +173,13 @@ def watch(core: EngineCore) -> Watch:
     if hasattr(core.runner.runtime.ops, "host") and not core.runner.runtime.caps.static_shapes:
         core.runner.execute = execute_and_see  # type: ignore[method-assign]
     return seen
+
+
+def tokens_of(scheduler: Scheduler, sequence: Sequence) -> list[int]:
+    """Prompt and output, as far as the host knows them."""
+    is_running = sequence.row >= 0
+    output = scheduler.rows.output(sequence.row) if is_running else sequence.saved
+    return [*sequence.request.prompt, *output]
 
 
 def check_blocks(scheduler: Scheduler) -> None:

@@ -30,6 +30,7 @@ from vllm_core.errors import InvalidArgument
         ({"seed": 2**64}, "seed must fit 64 bits"),
         ({"seed": 0.5}, "seed must be a whole number"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32"),
+        ({"quantization": "int3"}, "quantization must be one of dense, int8, int4, int8-weight"),
         ({"load_format": "pickle"}, "load_format must be one of"),
         ({"scheduling_policy": "lifo"}, "scheduling_policy must be one of fcfs, priority"),
     ],

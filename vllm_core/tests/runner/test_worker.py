@@ -11,8 +11,10 @@ from vllm_core.backend import KVFormat
 from vllm_core.bindings.numpy import NumpyRuntime
 from vllm_core.errors import NotSupported
 from vllm_core.ops.sampling import MAX_VOCAB
-from vllm_core.runner.worker import check_supported
+from vllm_core.runner.worker import check_schemes, check_supported
 from vllm_core.tests.engine.tiny import make_spec
+from vllm_core.tests.weights.test_loader import rules_of
+from vllm_core.weights.rules import WeightRules
 
 SPEC = make_spec("float32", (None,))
 
@@ -46,3 +48,23 @@ def test_what_the_backend_does_not_declare_is_refused_with_advice(
 def test_a_vocabulary_beyond_the_exact_sums_is_refused() -> None:
     with pytest.raises(NotSupported, match="exact up to"):
         check_supported(replace(SPEC, vocab_size=MAX_VOCAB + 1), NumpyRuntime())
+
+
+def quantised_rules(scheme: str, **sizes: int) -> WeightRules:
+    return rules_of("llama", **sizes)[0].stored_as(scheme)
+
+
+def test_a_scheme_that_the_backend_does_not_take_is_refused_with_advice() -> None:
+    runtime = NumpyRuntime()
+    rules = quantised_rules("int4", hidden_size=96, intermediate_size=64)
+    check_schemes(rules, "int4", runtime)
+    runtime.caps = replace(runtime.caps, schemes=frozenset({"dense", "int4"}))  # the head is int8
+    with pytest.raises(NotSupported, match=r"as int4, int8, .* takes dense, int4;"):
+        check_schemes(rules, "int4", runtime)
+
+
+def test_a_model_with_nothing_to_quantise_is_refused() -> None:
+    rules = quantised_rules("int8", hidden_size=48, intermediate_size=72)
+    with pytest.raises(NotSupported, match="multiple of 32, and this model has none"):
+        check_schemes(rules, "int8", NumpyRuntime())
+    check_schemes(rules, None, NumpyRuntime())

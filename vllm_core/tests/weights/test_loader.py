@@ -16,6 +16,7 @@ from vllm_core.ops import HostArray, Param
 from vllm_core.tests.models.families import config_of
 from vllm_core.weights.loader import dummy_params, load_params
 from vllm_core.weights.rules import WeightRules
+from vllm_core.weights.source import CodeFormat
 
 RUNTIME = NumpyRuntime("float32")
 
@@ -41,6 +42,12 @@ class MemorySource:
     def load(self, name: str) -> HostArray:
         self.loads.append(name)
         return self.tensors[name].copy()
+
+    def codes(self, name: str) -> CodeFormat | None:
+        return None
+
+    def load_codes(self, name: str) -> dict[str, HostArray]:
+        raise AssertionError(f"{name} is no codes")
 
 
 def rules_of(name: str, **fields: Any) -> tuple[WeightRules, Any]:

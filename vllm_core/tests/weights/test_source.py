@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 import struct
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save, save_file
 
 from vllm_core import envs
 from vllm_core.errors import ModelError, WeightError
+from vllm_core.weights import source as source_module
 from vllm_core.weights.source import open_safetensors, read_header
 
 TENSORS = {
@@ -54,11 +56,26 @@ def test_every_tensor_comes_back_in_its_own_dtype_and_shape(tmp_path: Path) -> N
     assert source.num_bytes() == sum(array.nbytes for array in TENSORS.values())
 
 
-def test_a_loaded_tensor_belongs_to_the_caller(tmp_path: Path) -> None:
-    save_file(TENSORS, tmp_path / "model.safetensors")
+def test_what_was_read_a_while_ago_leaves_memory_and_stays_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 4 << 20
+    tensors = {str(i): np.full(size, i, np.uint8) for i in range(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    monkeypatch.setattr(source_module, "RESIDENT_BYTES", 2 * size)
     source = open_safetensors(tmp_path)
-    source.load("a.weight")[:] = -1.0
-    np.testing.assert_array_equal(source.load("a.weight"), TENSORS["a.weight"])
+    before = resident_bytes()
+    loaded = []
+    for name, expected in tensors.items():
+        loaded.append(source.load(name))
+        assert (loaded[-1] == expected[0]).all()
+    assert resident_bytes() - before < 5 * size
+    for array, expected in zip(loaded, tensors.values(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_shards_form_one_checkpoint(tmp_path: Path) -> None:

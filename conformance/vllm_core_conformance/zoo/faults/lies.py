@@ -268,7 +268,7 @@ class DeclaresReserved(ZooRuntime):
 
 @runtime("a scheme is declared that load does not take", expected=LIE)
 class DeclaresScheme(ZooRuntime):
-    CAPS = replace(CAPS, schemes=frozenset({"dense", "int4"}))
+    CAPS = replace(CAPS, schemes=frozenset({"dense", "fp8"}))
 
 
 @runtime("a cache of 8 bits is declared, which nothing makes", expected=LIE)
