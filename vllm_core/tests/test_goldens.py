@@ -115,7 +115,7 @@ def test_smollm2_gives_the_recorded_tokens(
     monkeypatch.setattr(
         TorchRuntime, "load", lambda self, spec, parts: load(self, spec, list(map(rounded, parts)))
     )
-    with open_llm(path, "cpu", max_num_seqs=8, max_model_len=512) as llm:
+    with open_llm(path, "cpu", max_num_seqs=8, max_model_len=512, quantization="dense") as llm:
         for golden in goldens:
             ids = llm._engine.render(golden["prompt"])
             assert ids == golden["prompt_token_ids"]
