@@ -8,8 +8,9 @@ from __future__ import annotations
 from vllm_core import envs
 from vllm_core.backend import OpenConfig, Runtime
 
-SPIN_COUNT = 0
-"""Rounds that an OpenMP thread spins at a barrier before it sleeps. libgomp's own choice is to spin
+SPIN_COUNT = 2000
+"""Rounds that an OpenMP thread spins at a barrier before it sleeps, where torch's own ops compute
+(float16, float64, or no kernels). libgomp's own choice is to spin
 for ever so long, which is up to a third faster on an idle machine and a hundred times slower beside
 one busy process (docs/adr/0003)."""
 

@@ -90,6 +90,13 @@ class TorchRuntime(Runtime):
         self.block_tables = RectangleTables(self.ops)
         self.comm = SingleDevice()
 
+    def use_threads(self, count: int) -> None:
+        """Of torch's own, in the thread that runs programs."""
+        if self._stream is None:
+            _use_threads(count)
+        else:
+            self._stream.wait(self._stream.submit(partial(_use_threads, count)))
+
     def synchronize(self) -> None:
         """Waits until what was submitted has run."""
         if self._stream is not None:
