@@ -10,6 +10,7 @@ import itertools
 import operator
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm_core.config import EngineConfig
@@ -43,10 +44,9 @@ class LLMEngine:
             load_format=config.load_format,
             tokenizer=config.tokenizer,
         )
-        self.tokenizer = _open_tokenizer(self.files)
-        self.eos_token_ids = _eos_token_ids(self.files, self.tokenizer)
         self._default_params = _default_params(self.files.generation_config)
-        self.opened: Opened = open_model(config, self.files, progress)
+        self.tokenizer, self.opened = _open_both(config, self.files, progress)
+        self.eos_token_ids = _eos_token_ids(self.files, self.tokenizer)
         runner, plan = self.opened.runner, self.opened.plan
         caps = runner.runtime.caps
         limits = Limits(
@@ -209,6 +209,26 @@ def _default_params(own: Mapping[str, Any]) -> SamplingParams:
             except InvalidArgument as error:
                 logger.warning("the model's generation_config is not followed: %s", error)
     return params.replace(temperature=0.0) if own.get("do_sample") is False else params
+
+
+def _open_both(
+    config: EngineConfig, files: ModelFiles, progress: Progress
+) -> tuple[Tokenizer | None, Opened]:
+    """The tokenizer is read while the weights are; one that cannot be read ends that at once."""
+    with ThreadPoolExecutor(1, "tokenizer") as executor:
+        tokenizer = executor.submit(_open_tokenizer, files)
+
+        def watched(what: str, done: int, total: int | None) -> None:
+            if tokenizer.done():
+                tokenizer.result()
+            progress(what, done, total)
+
+        opened = open_model(config, files, watched)
+        try:
+            return tokenizer.result(), opened
+        except BaseException:
+            opened.runner.close()
+            raise
 
 
 def _open_tokenizer(files: ModelFiles) -> Tokenizer | None:

@@ -48,7 +48,7 @@ def main() -> None:
         for n, k in shapes(folder):
             x = torch.randn(TOKENS, k).bfloat16()
             weight = (torch.randn(n, k) / k**0.5).bfloat16()
-            param = Param(*pack(kernels, weight, None))
+            param = Param(*pack(kernels, [weight], None))
             totals["ours"] += median(partial(ops.linear, x, param))
             totals["torch"] += median(partial(F.linear, x, weight))
             operations += 2 * TOKENS * n * k

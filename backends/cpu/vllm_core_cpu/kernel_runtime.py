@@ -54,7 +54,7 @@ class CpuRuntime(TorchRuntime):
         if self.dtype not in DTYPES:
             return
         kernels.set_threads(self.threads)
-        # a team of OpenMP beside that of the kernels would spin in its way: prompts took a fifth longer
+        # OpenMP threads beside those of the kernels would spin in their way (prompts: a fifth)
         self.use_threads(1)
         self.caps = replace(self.caps, native_schemes=frozenset(quantized.BITS))
         self.ops = CpuOps(kernels, self.torch_device, self.synchronize)
@@ -69,18 +69,20 @@ class CpuRuntime(TorchRuntime):
         try:
             if all((spec.scheme if x.scheme == "dense" else x.scheme) != "dense" for x in parts):
                 return self._load_codes(spec, parts)
-            tensors = self._joined(dense_tensors(spec, parts))
-            spec.check(tensors["weight"].shape)
-            return Param(
-                *pack(self._kernels, tensors["weight"], tensors.get("bias"), self._chunks.take)
-            )
+            found = dense_tensors(spec, parts)
+            rows = self._numbers(found["weight"])
+            for some in rows:
+                spec.check((sum(map(len, rows)), *some.shape[1:]))
+            bias = self._joined(found.get("bias"))
+            return Param(*pack(self._kernels, rows, bias, self._chunks.take))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(f"no memory for the weight {spec.name} {list(spec.shape)}") from error
 
-    def _joined(self, tensors: dict[str, list[HostArray]]) -> dict[str, torch.Tensor]:
-        dtype = dtype_of(self.dtype)
-        found = {name: [from_host(x).to(dtype) for x in xs] for name, xs in tensors.items()}
-        return {name: xs[0] if len(xs) == 1 else torch.cat(xs) for name, xs in found.items()}
+    def _numbers(self, arrays: Sequence[HostArray]) -> list[torch.Tensor]:
+        return [from_host(x).to(dtype_of(self.dtype)) for x in arrays]
+
+    def _joined(self, arrays: Sequence[HostArray] | None) -> torch.Tensor | None:
+        return torch.cat(self._numbers(arrays)) if arrays else None
 
     def _load_codes(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
         """Parts that come in codes, or are to be quantised."""
@@ -91,9 +93,10 @@ class CpuRuntime(TorchRuntime):
             codes.append(Codes(part.scheme, part.tensors))
         if len(biases) not in (0, len(parts)):
             raise WeightError(f"{spec.name}: {len(biases)} of {len(parts)} parts have a bias")
-        joined = self._joined({"bias": biases})["bias"] if biases else None
         dtype = dtype_of(self.dtype)
-        arrays, facts = pack_codes(self._kernels, codes, joined, dtype, self._chunks.take)
+        arrays, facts = pack_codes(
+            self._kernels, codes, self._joined(biases), dtype, self._chunks.take
+        )
         spec.check((facts.n, facts.k))
         return Param(arrays, facts)
 

@@ -145,6 +145,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._recorder, self._arena = recorder, arena
         self.foreign: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would import its compiler, nearly a second, to keep this method out of it."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -62,21 +62,30 @@ class Packed:
 
 
 def pack(
-    kernels: native.Native, weight: Tensor, bias: Tensor | None, take: Take = memory.zeros
+    kernels: native.Native,
+    parts: Sequence[Tensor],
+    bias: Tensor | None,
+    take: Take = memory.zeros,
 ) -> tuple[dict[str, Tensor], Packed]:
-    """weight [n, k] in float32 or bfloat16, bias [n] -> the arrays and the record of a Param. Here
-    and below, take gives the memory for it."""
-    n, k = weight.shape
-    dtype = DTYPES[weight.dtype]
-    weight = weight.contiguous()
+    """Rows [n, k] one below the other, all float32 or all bfloat16; bias [sum of n] -> the arrays
+    and the record of a Param. Here and below, take gives the memory for it."""
+    if any(len(part) % native.PANEL for part in parts[:-1]):
+        parts = [torch.cat(list(parts))]
+    n, k = sum(map(len, parts)), parts[0].shape[1]
+    weight_dtype = parts[0].dtype
+    dtype = DTYPES[weight_dtype]
     packed = take(kernels.packed_bytes(dtype, n, k))
-    kernels.pack(dtype, weight.data_ptr(), k, n, k, packed.data_ptr())
+    at = packed.data_ptr()
+    for part in parts:
+        rows = part.contiguous()
+        kernels.pack(dtype, rows.data_ptr(), k, len(rows), k, at)
+        at += kernels.packed_bytes(dtype, len(rows), k)
     arrays = {"packed": packed}
     if bias is not None:
         arrays["bias"] = bias.to(torch.float32, copy=True)
     linear = native.Linear(packed=packed.data_ptr(), k=k, group=k)
-    piece = _piece(linear, arrays.get("bias"), 0, n, n, weight.dtype)
-    return arrays, Packed(n, k, weight.dtype, (piece,))
+    piece = _piece(linear, arrays.get("bias"), 0, n, n, weight_dtype)
+    return arrays, Packed(n, k, weight_dtype, (piece,))
 
 
 @dataclass(frozen=True)
