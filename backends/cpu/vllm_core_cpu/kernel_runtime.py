@@ -21,7 +21,6 @@ from vllm_core.errors import OutOfMemory, WeightError
 from vllm_core.ops import HostArray, Param, ParamSpec, Part, quantized
 from vllm_core_cpu import native
 from vllm_core_cpu.attention import CpuAttention
-from vllm_core_cpu.memory import Chunks
 from vllm_core_cpu.ops import CpuOps
 from vllm_core_cpu.recorded import WalkRecorder
 from vllm_core_cpu.weights import Codes, Packed, pack, pack_codes, quantize, unpack
@@ -50,7 +49,6 @@ class CpuRuntime(TorchRuntime):
     def __init__(self, kernels: native.Native, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._kernels = kernels
-        self._chunks = Chunks()
         if self.dtype not in DTYPES:
             return
         kernels.set_threads(self.threads)
@@ -74,7 +72,7 @@ class CpuRuntime(TorchRuntime):
             for some in rows:
                 spec.check((sum(map(len, rows)), *some.shape[1:]))
             bias = self._joined(found.get("bias"))
-            return Param(*pack(self._kernels, rows, bias, self._chunks.take))
+            return Param(*pack(self._kernels, rows, bias))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise OutOfMemory(f"no memory for the weight {spec.name} {list(spec.shape)}") from error
 
@@ -94,9 +92,7 @@ class CpuRuntime(TorchRuntime):
         if len(biases) not in (0, len(parts)):
             raise WeightError(f"{spec.name}: {len(biases)} of {len(parts)} parts have a bias")
         dtype = dtype_of(self.dtype)
-        arrays, facts = pack_codes(
-            self._kernels, codes, self._joined(biases), dtype, self._chunks.take
-        )
+        arrays, facts = pack_codes(self._kernels, codes, self._joined(biases), dtype)
         spec.check((facts.n, facts.k))
         return Param(arrays, facts)
 

@@ -11,6 +11,7 @@ Knows: kernels' calls, torch's dispatch. Does not know: models, what an op compu
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -237,8 +238,9 @@ class WalkRecorder:
     """The recordings of one runtime. Programs run one at a time."""
 
     def __init__(self, kernels: native.Native, *users: Any) -> None:
-        """users: who calls the kernels, as their attribute `kernels`."""
-        self._kernels, self._users = kernels, users
+        """users: who calls the kernels, as their attribute `kernels`. Held weakly, since one of
+        them holds the recorder: what is closed goes at once."""
+        self._kernels, self._users = kernels, tuple(map(weakref.ref, users))
         self._arena = Arena()
         self._walks: OrderedDict[Any, tuple[Walk | None, Any]] = OrderedDict()
         """Key -> (the recording, or None where none can be made; what the key names by id)."""
@@ -281,13 +283,14 @@ class WalkRecorder:
         x, shared = own = _owned((x, shared))
         arena.begin()
         watch = _Watch(recorder, arena)
-        for user in self._users:
+        users = [user for user in (held() for held in self._users) if user is not None]
+        for user in users:
             user.kernels = recorder
         try:
             with watch:
                 out, kv = _walk(body, x, kv, params, specs, shared, arena.next_layer)
         finally:
-            for user in self._users:
+            for user in users:
                 user.kernels = self._kernels
         if arena.is_too_small:  # the next walk of this kind is recorded
             arena.grow(len(x))

@@ -9,7 +9,7 @@ Knows: native structs, torch tensors. Does not know: models, ops' names.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +21,6 @@ from vllm_core.ops import HostArray, quantized
 from vllm_core_cpu import memory, native
 
 Tensor = torch.Tensor
-Take = Callable[[int], Tensor]
-"""(bytes) -> uint8 [bytes]."""
 
 DTYPES = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 EPILOGUES = {"none": 0, "silu": 1, "gelu_tanh": 2}
@@ -65,16 +63,15 @@ def pack(
     kernels: native.Native,
     parts: Sequence[Tensor],
     bias: Tensor | None,
-    take: Take = memory.zeros,
 ) -> tuple[dict[str, Tensor], Packed]:
     """Rows [n, k] one below the other, all float32 or all bfloat16; bias [sum of n] -> the arrays
-    and the record of a Param. Here and below, take gives the memory for it."""
+    and the record of a Param."""
     if any(len(part) % native.PANEL for part in parts[:-1]):
         parts = [torch.cat(list(parts))]
     n, k = sum(map(len, parts)), parts[0].shape[1]
     weight_dtype = parts[0].dtype
     dtype = DTYPES[weight_dtype]
-    packed = take(kernels.packed_bytes(dtype, n, k))
+    packed = memory.zeros(kernels.packed_bytes(dtype, n, k))
     at = packed.data_ptr()
     for part in parts:
         rows = part.contiguous()
@@ -124,7 +121,6 @@ def pack_codes(
     parts: Sequence[Codes],
     bias: Tensor | None,
     dtype: torch.dtype,
-    take: Take = memory.zeros,
 ) -> tuple[dict[str, Tensor], Packed]:
     """Rows one below the other -> the arrays and the record of a Param for a model of `dtype`."""
     alike: list[list[Codes]] = []
@@ -146,7 +142,7 @@ def pack_codes(
             else np.ascontiguousarray(some[0].tensors[name])
             for name in some[0].tensors
         }
-        own = _pack_alike(kernels, some[0].scheme, tensors, take)
+        own = _pack_alike(kernels, some[0].scheme, tensors)
         arrays |= {f"{name}{number or ''}": x for name, x in own.items()}
         rows, k = tensors["codes"].shape
         linear = native.Linear(
@@ -164,15 +160,15 @@ def pack_codes(
 
 
 def _pack_alike(
-    kernels: native.Native, scheme: str, tensors: Mapping[str, HostArray], take: Take
+    kernels: native.Native, scheme: str, tensors: Mapping[str, HostArray]
 ) -> dict[str, Tensor]:
     n, k = tensors["codes"].shape
     groups, bits = tensors["scales"].shape[1], quantized.BITS[scheme]
     lanes = -(-n // native.PANEL) * native.PANEL
-    own = {"packed": take(kernels.packed_code_bytes(bits, n, k))}
+    own = {"packed": memory.zeros(kernels.packed_code_bytes(bits, n, k))}
     for name in ("scales", "mins"):
         if name in tensors:
-            own[name] = take(lanes * groups * 4).view(torch.float32)
+            own[name] = memory.zeros(lanes * groups * 4).view(torch.float32)
     codes = native.Codes(
         codes=tensors["codes"].ctypes.data,
         scales=tensors["scales"].ctypes.data,
