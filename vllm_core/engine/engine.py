@@ -45,6 +45,7 @@ class LLMEngine:
             tokenizer=config.tokenizer,
         )
         self._default_params = _default_params(self.files.generation_config)
+        _eos_token_ids(self.files, None)  # wrong ones are refused before weights are read
         self.tokenizer, self.opened = _open_both(config, self.files, progress)
         self.eos_token_ids = _eos_token_ids(self.files, self.tokenizer)
         runner, plan = self.opened.runner, self.opened.plan

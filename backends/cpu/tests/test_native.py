@@ -153,7 +153,7 @@ def test_the_probe_says_when_sources_are_younger(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_product_on_threads_of_torch_is_torchs_own(kernels: native.Native, threads: int) -> None:
+def test_a_product_on_threads_is_torchs_own(kernels: native.Native, threads: int) -> None:
     m, n, k = 5, 130, 71
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

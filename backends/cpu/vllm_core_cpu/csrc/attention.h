@@ -13,10 +13,9 @@
 // Knows: this layout, visibility. Does not know: who owns a block.
 #pragma once
 
-#include <cstdlib>
-
 #include "kernels.h"
 #include "parallel.h"
+#include "room.h"
 #include "simd.h"
 
 namespace VC_ISA {
@@ -184,29 +183,6 @@ void weigh_rows(const T* p, int count, const T* const* values, int64_t stride, c
 struct Unit {
   int64_t row, head, query, queries;  // of the step's row; first query and how many
   int64_t first, last;                // keys that any of them sees: [first, last), first a multiple of 16
-};
-
-// Room that grows and is kept. Not std::vector: the linker may take a function that was compiled for
-// one instruction set into the kernels of another.
-template <class T>
-struct Room {
-  T* data = nullptr;
-  int64_t size = 0;
-
-  Room() = default;
-  Room(const Room&) = delete;
-  Room& operator=(const Room&) = delete;
-  ~Room() { std::free(data); }
-
-  // For `count`; what is in it is lost.
-  T* fit(int64_t count) {
-    if (count <= size) return data;
-    std::free(data);
-    data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
-    if (!data) std::abort();
-    size = count;
-    return data;
-  }
 };
 
 // Running sums of a unit's (query, head) pairs. Scores are powers of two: top, what weights are relative

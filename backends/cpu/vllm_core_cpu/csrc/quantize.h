@@ -3,10 +3,9 @@
 // Knows: that law. Does not know: packed layouts, products.
 #pragma once
 
-#include <vector>
-
 #include "kernels.h"
 #include "parallel.h"
+#include "room.h"
 #include "rows.h"
 
 namespace VC_ISA {
@@ -82,26 +81,22 @@ inline float quantize_group(Group g, int bits, uint8_t* codes) {
 template <class T>
 bool quantize(const T* weight, const vc::Codes& to, uint8_t* codes, float* scales, int threads) {
   const int64_t groups = to.k / to.group;
-  std::vector<char> bad(threads, 0);
-  vc::each_thread(threads, [&](int index) {
-    vc::Share own = vc::share(to.n, 1, index, threads);
-    std::vector<float> row(to.k);
+  std::atomic<bool> finite{true};
+  vc::each_item(to.n, threads, [&](int64_t r) {
+    static thread_local Room<float> room;
+    float* row = room.fit(to.k);
     Vec probe{};
-    for (int64_t r = own.begin; r < own.end; r++) {
-      by_lanes(to.k, [&](int64_t at, int count) {
-        const Vec x = load_up_to(weight + r * to.k + at, count);
-        store_up_to(row.data() + at, x, count);
-        probe += x * 0.0f;
-      });
-      for (int64_t g = 0; g < groups; g++)
-        scales[r * groups + g] =
-            quantize_group({row.data() + g * to.group, to.group}, to.bits, codes + r * to.k + g * to.group);
-    }
-    bad[index] = sum(probe) != 0;
+    by_lanes(to.k, [&](int64_t at, int count) {
+      const Vec x = load_up_to(weight + r * to.k + at, count);
+      store_up_to(row + at, x, count);
+      probe += x * 0.0f;
+    });
+    for (int64_t g = 0; g < groups; g++)
+      scales[r * groups + g] =
+          quantize_group({row + g * to.group, to.group}, to.bits, codes + r * to.k + g * to.group);
+    if (sum(probe) != 0) finite = false;  // NaN is not 0
   });
-  for (char x : bad)
-    if (x) return false;
-  return true;
+  return finite;
 }
 
 }  // namespace VC_ISA

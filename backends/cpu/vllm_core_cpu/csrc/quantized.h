@@ -94,9 +94,9 @@ struct Inputs {
 };
 
 struct InputRoom {
-  std::vector<int8_t> codes;
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
+  Room<int8_t> codes;
+  Room<float> scales;
+  Room<int32_t> sums;
 };
 
 template <class T>
@@ -126,15 +126,13 @@ void quantize_row(const T* x, const Coded& c, int8_t* codes, float* scales, int3
 
 template <class T>
 Inputs quantize_inputs(const T* x, int64_t stride, int64_t m, const Coded& c, InputRoom& room, int threads) {
-  room.codes.resize(m * c.columns), room.scales.resize(m * c.groups), room.sums.resize(m * c.groups);
-  threads = threads_for(m * c.k) == 1 ? 1 : threads;
-  vc::each_thread(threads, [&](int index) {
-    vc::Share own = vc::share(m, 1, index, threads);
-    for (int64_t row = own.begin; row < own.end; row++)
-      quantize_row(x + row * stride, c, room.codes.data() + row * c.columns, room.scales.data() + row * c.groups,
-                   room.sums.data() + row * c.groups);
+  int8_t* codes = room.codes.fit(m * c.columns);
+  float* scales = room.scales.fit(m * c.groups);
+  int32_t* sums = room.sums.fit(m * c.groups);
+  vc::each_item(m, threads_for(m * c.k) == 1 ? 1 : threads, [&](int64_t row) {
+    quantize_row(x + row * stride, c, codes + row * c.columns, scales + row * c.groups, sums + row * c.groups);
   });
-  return {room.codes.data(), room.scales.data(), room.sums.data(), c.columns, c.groups};
+  return {codes, scales, sums, c.columns, c.groups};
 }
 
 // ---------------------------------------------------------------- products of codes
