@@ -55,16 +55,7 @@ def sample(
     id ascending).
     """
     xp = ops.xp
-    if logits.shape[-1] > MAX_VOCAB:
-        raise NotSupported(
-            f"the sampler's exact sums hold {MAX_VOCAB} tokens, "
-            f"but the vocabulary has {logits.shape[-1]}"
-        )
-    x = ops.cast(logits, "float32")
-    if features.bias:
-        x = _biased(ops, x, params, positions, bias)
-    if features.penalties:
-        x = _penalized(ops, x, params, positions, history)
+    x = adjusted(ops, logits, params, positions, history, bias, features)
     best = ops.amax(x)
     fault = ops.cast(~xp.isfinite(best), "int32")
     greedy = ops.cast(xp.argmax(x, -1), "int32")
@@ -97,6 +88,32 @@ def sample(
     )
     target, _ = scaled(ops, u, mass(ops, w))
     return xp.where(is_drawn, first_above(ops, w, target), greedy), fault
+
+
+def adjusted(
+    ops: Ops,
+    logits: Array,
+    params: Array,
+    positions: Array,
+    history: Array,
+    bias: Array,
+    features: Features,
+) -> Array:
+    """The float32 logits [R, V] that rows draw from: with bias, bans and penalties. Arguments: as
+    `sample`; worth a call from a backend whose own kernel does the rest.
+
+    NotSupported for a vocabulary beyond the exact sums."""
+    if logits.shape[-1] > MAX_VOCAB:
+        raise NotSupported(
+            f"the sampler's exact sums hold {MAX_VOCAB} tokens, "
+            f"but the vocabulary has {logits.shape[-1]}"
+        )
+    x = ops.cast(logits, "float32")
+    if features.bias:
+        x = _biased(ops, x, params, positions, bias)
+    if features.penalties:
+        x = _penalized(ops, x, params, positions, history)
+    return x
 
 
 def logprobs(ops: Ops, logits: Array, targets: Array, count: int) -> Logprobs:

@@ -1,7 +1,7 @@
 """How far our logits are from transformers', on the prompts of the comparison: share of equal most
 likely tokens, and mean KL(ours || theirs).
 
-    python backends/cpu/bench/agreement.py --peers DIR --weights bfloat16,int8,int4
+    python backends/cpu/bench/agreement.py --peers DIR --weights bfloat16,int8,int4-g128
 
 DIR/transformers is an environment with transformers, DIR/models/NAME the model. Its logits come
 once in bfloat16 and once in float32, which shows how far two correct engines differ. Three places
@@ -168,7 +168,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peers", type=Path, default=Path.home() / ".cache" / "peers")
     parser.add_argument("--model", default="qwen2.5-0.5b", help="a folder below PEERS/models")
-    parser.add_argument("--weights", default="bfloat16,int8,int4", help="ours, one after another")
+    parser.add_argument(
+        "--weights", default="bfloat16,int8,int4-g128", help="ours, one after another"
+    )
     parser.add_argument("--prompts", type=int, default=32, help="at most 32, of 128 tokens")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, help="the figures as JSON")

@@ -17,11 +17,15 @@ from vllm_core.engine.engine import LLMEngine
 from vllm_core.params import SamplingParams
 
 KV_BYTES = 1 << 30
+QUANTIZATION = {"int8": "int8", "int4": "int4-g128"}
+"""Groups as large as the peers have them."""
 
 
 def load(folder: str, threads: int, weights: str) -> tuple[dict[str, Any], Run]:
     """The engine in bfloat16, its KV cache too; weights quantised when they are loaded."""
-    more: dict[str, Any] = {} if weights == "bfloat16" else {"quantization": weights}
+    more: dict[str, Any] = {}
+    if weights != "bfloat16":
+        more["quantization"] = QUANTIZATION[weights]
     engine = LLMEngine(
         EngineConfig(
             model=folder,
@@ -51,7 +55,7 @@ def load(folder: str, threads: int, weights: str) -> tuple[dict[str, Any], Run]:
 
     about = {
         "version": vllm_core.__version__,
-        "weights": weights,
+        "weights": engine.describe()["model"]["weights"],
         "compute": engine.describe()["model"]["dtype"],
         "kv": ", ".join({a.kv.dtype for a in engine.opened.spec.attention_specs}),
     }

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from vllm_core.ops import Param
 from vllm_core_cpu import native
+from vllm_core_cpu.memory import Buffers
 from vllm_core_cpu.ops import CpuOps
 from vllm_core_cpu.weights import pack
 
@@ -41,7 +42,7 @@ def main() -> None:
     if kernels is None:
         raise SystemExit(why)
     kernels.set_threads(threads)
-    ops = CpuOps(kernels, torch.device("cpu"))
+    ops = CpuOps(kernels, Buffers().empty, torch.device("cpu"))
     totals = {"ours": 0.0, "torch": 0.0}
     operations = 0
     with torch.inference_mode():

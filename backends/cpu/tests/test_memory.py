@@ -37,3 +37,26 @@ def test_more_memory_than_there_is_room_for_is_an_error() -> None:
     with pytest.raises((OSError, OverflowError, RuntimeError)):
         memory.zeros(1 << 62)
     assert torch.zeros(1).item() == 0
+
+
+def test_a_buffer_that_no_tensor_holds_is_given_out_again() -> None:
+    buffers = memory.Buffers()
+    first = buffers.empty((3, 1 << 20), torch.bfloat16)
+    view, at = first[1:, 5:], first.data_ptr()
+    assert first.is_contiguous() and first.shape == (3, 1 << 20)
+    del first
+    other = buffers.empty((3, 1 << 20), torch.bfloat16)
+    assert other.data_ptr() != at, "a view still holds the first one"
+    del view
+    assert buffers.empty((1 << 20,), torch.float32).data_ptr() == at
+
+
+def test_no_more_buffers_are_kept_than_were_held_at_a_time() -> None:
+    buffers = memory.Buffers()
+    for size in (1, 2, 3, 2, 9, 4, 9):
+        pair = [buffers.empty((size, memory.HUGE), torch.uint8) for _ in range(2)]
+        pair[1][-1, -1] = 1
+        del pair
+    assert sorted(len(pages) // memory.HUGE for pages in buffers._kept) == [9, 9]
+    buffers.forget()
+    assert not buffers._kept

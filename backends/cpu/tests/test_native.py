@@ -14,6 +14,7 @@ import torch
 
 from tests.toolchain import run
 from vllm_core.errors import InvalidArgument
+from vllm_core.ops import Column
 from vllm_core_cpu import native, plugin
 
 
@@ -57,10 +58,14 @@ def test_sizes_and_offsets_are_those_that_the_compiler_chose(library: Path) -> N
 
 
 def test_constants_are_those_of_the_sources() -> None:
-    (values,) = re.findall(r"enum Dtype : int32_t \{ FLOAT32 = (\d), BFLOAT16 = (\d) \}", header())
-    assert values == (str(native.FLOAT32), str(native.BFLOAT16))
+    (values,) = re.findall(r"enum Dtype : int32_t \{(.*?)\};", header())
+    for name, value in re.findall(r"(\w+) = (\d+)", values):
+        assert int(value) == getattr(native, name)
     (panel,) = re.findall(r"PANEL = (\d+);", (native.SOURCES / "linear.h").read_text())
     assert int(panel) == native.PANEL
+    (columns,) = re.findall(r"enum Column : int32_t \{(.*?)\};", header(), re.DOTALL)
+    for name, value in re.findall(r"(\w+) = (\d+)", columns):
+        assert int(value) == Column[name]
 
 
 def test_the_best_instruction_set_is_taken_and_any_usable_one_can_be_named(

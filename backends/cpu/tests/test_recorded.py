@@ -17,6 +17,7 @@ import torch
 
 from vllm_core.ops import Param
 from vllm_core_cpu import native, weights
+from vllm_core_cpu.memory import Buffers
 from vllm_core_cpu.ops import CpuOps
 from vllm_core_cpu.recorded import WalkRecorder
 
@@ -45,10 +46,10 @@ class Bench:
     """Ops with a recorder, the same ops without, and the layers of a small decoder."""
 
     def __init__(self, kernels: native.Native, dtype: torch.dtype) -> None:
-        device = torch.device("cpu")
+        device, empty = torch.device("cpu"), Buffers().empty
         self.kernels, self.dtype = Counting(kernels), dtype
-        self.plain = CpuOps(kernels, device, lambda: None)
-        self.ops = CpuOps(self.kernels, device, lambda: None)  # type: ignore[arg-type]
+        self.plain = CpuOps(kernels, empty, device, lambda: None)
+        self.ops = CpuOps(self.kernels, empty, device, lambda: None)  # type: ignore[arg-type]
         self.ops.walks = WalkRecorder(self.kernels, self.ops)  # type: ignore[arg-type]
         self.specs = [Spec(i) for i in range(LAYERS)]
         self.rng = np.random.default_rng(7)

@@ -14,8 +14,9 @@ import torch
 
 from vllm_core.bindings.torch.convert import to_host
 from vllm_core.errors import WeightError
-from vllm_core.ops import quantized
+from vllm_core.ops import ParamSpec, Part, quantized
 from vllm_core_cpu import native, weights
+from vllm_core_cpu.kernel_runtime import CpuRuntime
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -50,7 +51,7 @@ def test_the_kernel_quantises_as_the_law_does(
     kernels: native.Native, scheme: str, dtype: torch.dtype, size: int
 ) -> None:
     weight, bits = weight_of(65, size, dtype), quantized.BITS[scheme]
-    group = quantized.group_for(bits, size)
+    group = quantized.group_for(bits, size, 128)
     assert group is not None
     law = quantized.quantize(weight.float().numpy(), bits, group)
     found = weights.quantize(kernels, to_host(weight), bits, group)
@@ -93,3 +94,23 @@ def test_pieces_in_other_codes_lie_one_below_the_other(
     torch.testing.assert_close(
         out, torch.from_numpy(np.concatenate(laws, 1)) + bias, rtol=1e-5, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_model_is_quantised_in_the_group_that_was_asked_for(
+    kernels: native.Native, dtype: str, group: int
+) -> None:
+    dense, name = weight_of(65, 256, torch.float32).numpy(), f"int4-g{group}-weight-only"
+    scheme, largest = quantized.split_name(name)
+    spec = ParamSpec("w", (65, 256), "linear", scheme=scheme, group=largest)
+    runtime = CpuRuntime(kernels, torch.device("cpu"), dtype, threads=1)
+    try:
+        param = runtime.load(spec, [Part("dense", {"weight": dense}, 65)])
+        (piece,) = param.static.pieces  # type: ignore[attr-defined]
+        assert piece.plain.group == group
+        values = quantized.dequantize(quantized.quantize(dense, 4, group), 4)
+        found = torch.from_numpy(np.asarray(runtime.unload(param)["weight"], np.float32))
+        assert torch.equal(found, torch.from_numpy(values).to(getattr(torch, dtype)).float())
+    finally:
+        runtime.close()

@@ -1,7 +1,8 @@
 """Paged attention through our kernel: the cache in its layout, one call a layer.
 
-Cache of a pool: [blocks, layers, KV heads, K then V] (csrc/attention.h). A plan is the kernel's
-record with the addresses of the step's tables and lengths: a layer fills in its own tensors only.
+Cache of a pool: [blocks, layers, KV heads, K then V] (csrc/cache.h), in the model dtype or in
+int8 codes with scales. A plan is the kernel's record with the addresses of the step's tables and
+lengths: a layer fills in its own tensors only.
 
 Knows: the kernel's record, torch tensors. Does not know: models, who owns a block.
 """
@@ -16,18 +17,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_core.backend import KV, AttentionBackend, AttentionPlan, AttentionSpec, HostStep, KVGroup
+from vllm_core.backend import (
+    INT8_KV,
+    KV,
+    AttentionBackend,
+    AttentionPlan,
+    AttentionSpec,
+    HostStep,
+    KVFormat,
+    KVGroup,
+)
 from vllm_core.bindings.torch.convert import dtype_of, from_host, to_host
 from vllm_core.errors import InvalidArgument, NotSupported, OutOfMemory
 from vllm_core.ops import BucketKey, DeviceState, HostArray, StepInput, StepView
 from vllm_core_cpu import native
-from vllm_core_cpu.memory import zeros
+from vllm_core_cpu.memory import Empty, zeros
 from vllm_core_cpu.weights import DTYPES
 
 Tensor = torch.Tensor
 
 BLOCK_TOKENS = (32, 64, 16, 128, 256)
 """K stands in groups of 16 tokens."""
+KV_DTYPES = frozenset({"int8"})
+"""Beside the model dtype."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +55,16 @@ class PlanArrays:
 class CpuAttention(AttentionBackend):
     """One runtime's, in float32 or bfloat16."""
 
-    def __init__(self, kernels: native.Native, dtype: str, synchronize: Callable[[], None]) -> None:
-        """synchronize: waits until what was submitted has run."""
+    def __init__(
+        self, kernels: native.Native, empty: Empty, dtype: str, synchronize: Callable[[], None]
+    ) -> None:
+        """empty: where outputs get their memory; synchronize: waits until what was submitted has
+        run."""
         self.kernels = kernels
+        self.empty = empty
         self.dtype = dtype_of(dtype)
         self._code = DTYPES[self.dtype]
+        self._formats = {KVFormat(dtype): self.dtype, INT8_KV: torch.int8}
         self._synchronize = synchronize
 
     # ---- the cache
@@ -55,30 +72,43 @@ class CpuAttention(AttentionBackend):
         return BLOCK_TOKENS
 
     def block_bytes(self, group: KVGroup) -> int:
-        return self._block_elements(group) * self.dtype.itemsize
+        return self._block_elements(group) * self._kv_dtype(group).itemsize
+
+    def _kv_dtype(self, group: KVGroup) -> torch.dtype:
+        """Of the cache. NotSupported for a format that our kernels do not have."""
+        found = self._formats.get(group.spec.kv)
+        if found is None:
+            known = " or ".join(map(str, self._formats))
+            raise NotSupported(f"a cache of {group.spec.kv}; these kernels take {known}")
+        return found
+
+    def _codes(self, group: KVGroup) -> tuple[int, int]:
+        """What is computed in and what is stored, as kernels.h names them."""
+        is_int8 = self._kv_dtype(group) == torch.int8
+        return self._code, native.INT8 if is_int8 else self._code
 
     def _block_elements(self, group: KVGroup) -> int:
         spec = group.spec
         head: int = self.kernels.kv_head_size(
-            self._code, spec.dim_qk, spec.dim_v, group.block_tokens
+            *self._codes(group), spec.dim_qk, spec.dim_v, group.block_tokens
         )
         return group.layers * spec.num_kv_heads * head
 
     def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
-        sizes = {group.pool: self._block_elements(group) for group in groups}
+        formats = {g.pool: (self._block_elements(g), self._kv_dtype(g)) for g in groups}
         for group in groups:
             if group.block_tokens % 16:
                 raise NotSupported(
                     f"blocks of {group.block_tokens} tokens: this layout needs multiples of 16"
                 )
-            if self._block_elements(group) != sizes[group.pool]:
-                raise InvalidArgument("groups of one pool must have blocks of one size")
+            if (self._block_elements(group), self._kv_dtype(group)) != formats[group.pool]:
+                raise InvalidArgument("groups of one pool must have blocks of one size and dtype")
         try:
             return tuple(
-                zeros(num_blocks[pool] * sizes[pool] * self.dtype.itemsize)
-                .view(self.dtype)
-                .view(num_blocks[pool], sizes[pool])
-                for pool in sorted(sizes)
+                zeros(num_blocks[pool] * size * dtype.itemsize)
+                .view(dtype)
+                .view(num_blocks[pool], size)
+                for pool, (size, dtype) in sorted(formats.items())
             )
         except (OSError, RuntimeError, MemoryError) as error:
             raise OutOfMemory(
@@ -89,10 +119,12 @@ class CpuAttention(AttentionBackend):
     def layout_fingerprint(self, group: KVGroup) -> str:
         spec = group.spec
         shape = (group.layers, spec.num_kv_heads, group.block_tokens, spec.dim_qk, spec.dim_v)
-        return f"cpu-lanes-of-16 (layers, heads, tokens, dim, dim_v) {shape} {self.dtype}"
+        stored = " of int8 and scales" if self._kv_dtype(group) == torch.int8 else ""
+        return f"cpu-lanes-of-16 (layers, heads, tokens, dim, dim_v) {shape} {self.dtype}{stored}"
 
     def _record(self, kv: KV, group: KVGroup, layer: int) -> native.Attend:
         spec = group.spec
+        dtype, kv_dtype = self._codes(group)
         return native.Attend(
             cache=kv[group.pool].data_ptr(),
             block_stride=self._block_elements(group),
@@ -102,34 +134,55 @@ class CpuAttention(AttentionBackend):
             dim=spec.dim_qk,
             dim_v=spec.dim_v,
             block_tokens=group.block_tokens,
-            dtype=self._code,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
         )
 
+    def _shapes(self, group: KVGroup, count: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Of the arrays that `count` blocks are exported as."""
+        spec, dtype = group.spec, self._kv_dtype(group)
+        lead = (group.layers, count, group.block_tokens, spec.num_kv_heads)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "k": ((*lead, spec.dim_qk), dtype),
+            "v": ((*lead, spec.dim_v), dtype),
+        }
+        if dtype == torch.int8:
+            shapes["k_scale"] = shapes["v_scale"] = (lead, torch.float32)
+        return shapes
+
     def _move(
-        self, kv: KV, group: KVGroup, ids: Sequence[int], k: Tensor, v: Tensor, to_cache: bool
+        self,
+        kv: KV,
+        group: KVGroup,
+        ids: Sequence[int],
+        arrays: dict[str, Tensor],
+        to_cache: bool,
     ) -> None:
         self._synchronize()
-        blocks = torch.tensor(list(ids), dtype=torch.int32)
+        wanted = torch.tensor(list(ids), dtype=torch.int32)
         for layer in range(group.layers):
             record = self._record(kv, group, layer)
-            self.kernels.move_blocks(
-                addressof(record), blocks.data_ptr(), len(blocks), k[layer].data_ptr(),
-                v[layer].data_ptr(), int(to_cache),
-            )  # fmt: skip
+            addresses = {name: x[layer].data_ptr() for name, x in arrays.items()}
+            blocks = native.Blocks(
+                ids=wanted.data_ptr(), count=len(wanted), to_cache=to_cache, **addresses
+            )
+            self.kernels.move_blocks(addressof(record), addressof(blocks))
 
     def export_blocks(self, kv: KV, group: KVGroup, ids: Sequence[int]) -> dict[str, HostArray]:
-        spec = group.spec
-        lead = (group.layers, len(ids), group.block_tokens, spec.num_kv_heads)
-        k = torch.empty(*lead, spec.dim_qk, dtype=self.dtype)
-        v = torch.empty(*lead, spec.dim_v, dtype=self.dtype)
-        self._move(kv, group, ids, k, v, False)
-        return {"k": to_host(k), "v": to_host(v)}
+        shapes = self._shapes(group, len(ids))
+        arrays = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        self._move(kv, group, ids, arrays, False)
+        return {name: to_host(x) for name, x in arrays.items()}
 
     def import_blocks(
         self, kv: KV, group: KVGroup, ids: Sequence[int], arrays: dict[str, HostArray]
     ) -> KV:
-        k, v = (from_host(arrays[name]).to(self.dtype).contiguous() for name in "kv")
-        self._move(kv, group, ids, k, v, True)
+        shapes = self._shapes(group, len(ids))
+        given = {
+            name: from_host(arrays[name]).to(dtype).contiguous().view(shape)
+            for name, (shape, dtype) in shapes.items()
+        }
+        self._move(kv, group, ids, given, True)
         return kv
 
     def copy_blocks(self, kv: KV, group: KVGroup, src: Tensor, dst: Tensor) -> KV:
@@ -159,6 +212,7 @@ class CpuAttention(AttentionBackend):
             if spec.chunk is not None or spec.alibi or not spec.writes_kv:
                 raise NotSupported("chunked, ALiBi and borrowed attention are reserved")
             group = groups[spec.group]
+            dtype, kv_dtype = self._codes(group)
             tables = state.tables[spec.group].contiguous()
             shared = native.AttendStep(
                 tables=tables.data_ptr(),
@@ -181,7 +235,8 @@ class CpuAttention(AttentionBackend):
                 scale=spec.scale,
                 softcap=spec.softcap or 0.0,
                 causal=int(spec.causal),
-                dtype=self._code,
+                dtype=dtype,
+                kv_dtype=kv_dtype,
             )
             arrays = PlanArrays(shared, record, addressof(record), (tables, rows, lengths, start))
             plans.append(AttentionPlan(arrays, spec, group))
@@ -204,10 +259,10 @@ class CpuAttention(AttentionBackend):
             raise InvalidArgument("return_lse with sinks: merge applies the sink, once")
         spec, record = plan.spec, plan.arrays.record
         q, k, v = (_dense_heads(x, self.dtype) for x in (q, k, v))
-        out = torch.empty((len(q), spec.num_q_heads, spec.dim_v), dtype=self.dtype)
+        out = self.empty((len(q), spec.num_q_heads, spec.dim_v), self.dtype)
         lse = None
         if return_lse:
-            lse = torch.empty((len(q), spec.num_q_heads), dtype=torch.float32)
+            lse = self.empty((len(q), spec.num_q_heads), torch.float32)
         if sinks is not None:
             sinks = sinks.float().contiguous()
         record.cache, record.layer = kv[plan.group.pool].data_ptr(), int(layer)

@@ -20,7 +20,8 @@ from vllm_core.bindings.torch.convert import dtype_of, from_host, to_host
 from vllm_core.errors import OutOfMemory, WeightError
 from vllm_core.ops import HostArray, Param, ParamSpec, Part, quantized
 from vllm_core_cpu import native
-from vllm_core_cpu.attention import CpuAttention
+from vllm_core_cpu.attention import KV_DTYPES, CpuAttention
+from vllm_core_cpu.memory import Buffers
 from vllm_core_cpu.ops import CpuOps
 from vllm_core_cpu.recorded import WalkRecorder
 from vllm_core_cpu.weights import Codes, Packed, pack, pack_codes, quantize, unpack
@@ -49,14 +50,18 @@ class CpuRuntime(TorchRuntime):
     def __init__(self, kernels: native.Native, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._kernels = kernels
+        self._buffers = Buffers()
         if self.dtype not in DTYPES:
             return
         kernels.set_threads(self.threads)
         # OpenMP threads beside those of the kernels would spin in their way (prompts: a fifth)
         self.use_threads(1)
-        self.caps = replace(self.caps, native_schemes=frozenset(quantized.BITS))
-        self.ops = CpuOps(kernels, self.torch_device, self.synchronize)
-        self.attention = CpuAttention(kernels, self.dtype, self.synchronize)
+        self.caps = replace(
+            self.caps, native_schemes=frozenset(quantized.BITS), kv_dtypes=KV_DTYPES
+        )
+        empty = self._buffers.empty
+        self.ops = CpuOps(kernels, empty, self.torch_device, self.synchronize)
+        self.attention = CpuAttention(kernels, empty, self.dtype, self.synchronize)
         self.ops.walks = WalkRecorder(kernels, self.ops, self.attention)
         self.block_tables = RectangleTables(self.ops)
 
@@ -98,6 +103,7 @@ class CpuRuntime(TorchRuntime):
 
     def close(self) -> None:
         super().close()
+        self._buffers.forget()
         if isinstance(self.ops, CpuOps) and self.ops.walks is not None:
             self.ops.walks.forget()
 

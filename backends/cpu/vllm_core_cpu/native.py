@@ -34,7 +34,7 @@ SOURCES = PACKAGE / "csrc"
 PORTABLE = "portable"
 """In VLLM_CORE_CPU_ISA: no kernels of our own."""
 
-FLOAT32, BFLOAT16 = 0, 1
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 """Dtype in kernels.h."""
 PANEL = 64
 """Rows of a weight in one panel (linear.h); a gated one has a multiple of twice this."""
@@ -115,6 +115,21 @@ class Attend(ctypes.Structure):
         ("softcap", c_float),
         ("causal", c_int32),
         ("dtype", c_int32),
+        ("kv_dtype", c_int32),
+    )
+
+
+class Blocks(ctypes.Structure):
+    """Blocks of one layer, and the dense arrays that they come from or go to."""
+
+    _fields_ = (
+        ("ids", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_scale", c_void_p),
+        ("v_scale", c_void_p),
+        ("count", c_int64),
+        ("to_cache", c_int32),
     )
 
 
@@ -154,6 +169,22 @@ class Rope(ctypes.Structure):
     )
 
 
+class Sample(ctypes.Structure):
+    """Rows of logits that draw a token each."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("params", c_void_p),
+        ("positions", c_void_p),
+        ("token", c_void_p),
+        ("fault", c_void_p),
+        ("rows", c_int64),
+        ("size", c_int64),
+        ("params_stride", c_int64),
+        ("filters", c_int32),
+    )
+
+
 class Call(ctypes.Structure):
     """One call of a function below, kept to be made again."""
 
@@ -168,7 +199,7 @@ class Call(ctypes.Structure):
     )
 
 
-STRUCTS = (Linear, Codes, AttendStep, Attend, Rows, Rope, Call)
+STRUCTS = (Linear, Codes, AttendStep, Attend, Blocks, Rows, Rope, Sample, Call)
 
 SIGNATURES: Mapping[str, str] = {
     "packed_bytes": "l(ill)",  # dtype, n, k
@@ -179,14 +210,15 @@ SIGNATURES: Mapping[str, str] = {
     "unpack_rows": "v(pplp)",  # Linear, rows, count, out
     "linear": "v(pplpl)",  # Linear, x, x_stride, out, m
     "attend": "v(p)",  # Attend
-    "kv_head_size": "l(illl)",  # dtype, dim, dim_v, block_tokens
-    "move_blocks": "v(pplppi)",  # Attend, blocks, count, k, v, to_cache
+    "kv_head_size": "l(iilll)",  # dtype, kv_dtype, dim, dim_v, block_tokens
+    "move_blocks": "v(pp)",  # Attend, Blocks
     "rms_norm": "v(p)",  # Rows
     "layer_norm": "v(p)",  # Rows
     "gate": "v(pi)",  # Rows, kind
     "rope": "v(p)",  # Rope
     "add": "v(p)",  # Rows
     "largest": "v(pllpp)",  # x, rows, size, index, value
+    "sample": "v(p)",  # Sample
     "replay": "v(pl)",  # Calls, count
 }
 """Every function, in the order of the C table: p pointer, i int32, l int64, f float, v nothing. A
@@ -250,6 +282,7 @@ class Native:
     rope: Function = field(repr=False)
     add: Function = field(repr=False)
     largest: Function = field(repr=False)
+    sample: Function = field(repr=False)
     replay: Function = field(repr=False)
 
     def set_threads(self, threads: int) -> None:

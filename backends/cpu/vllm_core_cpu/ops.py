@@ -14,7 +14,9 @@ import torch
 from vllm_core.bindings.torch.ops import TorchOps
 from vllm_core.ops import Features, Param
 from vllm_core.ops.interface import LayerBody
+from vllm_core.ops.sampling import adjusted
 from vllm_core_cpu import native
+from vllm_core_cpu.memory import Empty
 from vllm_core_cpu.recorded import MAX_TOKENS, WalkRecorder
 from vllm_core_cpu.weights import DTYPES, EPILOGUES, Packed, unpack
 
@@ -26,9 +28,11 @@ class CpuOps(TorchOps):
 
     name = "cpu"
 
-    def __init__(self, kernels: native.Native, *more: Any) -> None:
+    def __init__(self, kernels: native.Native, empty: Empty, *more: Any) -> None:
+        """empty: where outputs get their memory."""
         super().__init__(*more)
         self.kernels = kernels
+        self.empty = empty
         self.walks: WalkRecorder | None = None
         self._rows = native.Rows()
         self._rows_address = addressof(self._rows)
@@ -65,7 +69,7 @@ class CpuOps(TorchOps):
         count = x.shape[0]
         if x.dtype != facts.dtype or x.stride(-1) != 1:
             x = x.to(facts.dtype).contiguous()
-        out = torch.empty((count, n), dtype=dtype)
+        out = self.empty((count, n), dtype)
         to, width = out.data_ptr(), out.itemsize
         for piece in facts.pieces:
             self.kernels.linear(
@@ -97,19 +101,27 @@ class CpuOps(TorchOps):
         bias: Tensor,
         features: Features,
     ) -> tuple[Tensor, Tensor]:
-        is_plain = not (features.draw or features.bias or features.penalties)
-        if not is_plain or logits.dtype != torch.float32 or logits.numel() == 0:
+        if logits.numel() == 0:
             return super().sample(logits, params, positions, history, bias, features)
-        logits = logits.contiguous()
-        rows, size = logits.shape
-        token, best = torch.empty(rows, dtype=torch.int32), torch.empty(rows)
-        self.kernels.largest(logits.data_ptr(), rows, size, token.data_ptr(), best.data_ptr())
-        return token, (~torch.isfinite(best)).to(torch.int32)
+        x = adjusted(self, logits, params, positions, history, bias, features).contiguous()
+        rows, size = x.shape
+        token, fault = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
+        if not features.draw:
+            best = torch.empty(rows)
+            self.kernels.largest(x.data_ptr(), rows, size, token.data_ptr(), best.data_ptr())
+            return token, (~torch.isfinite(best)).to(torch.int32)
+        params, positions = params.contiguous(), positions.contiguous()
+        record = native.Sample(
+            x.data_ptr(), params.data_ptr(), positions.data_ptr(), token.data_ptr(),
+            fault.data_ptr(), rows, size, params.shape[1], features.filters,
+        )  # fmt: skip
+        self.kernels.sample(addressof(record))
+        return token, fault
 
     # ---- rows
     def _fill(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """The record for a norm of a dense x; what is not set here is set by the caller."""
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = self.empty(x.shape, x.dtype)
         size = x.shape[-1]
         rows = self._rows
         rows.x, rows.out, rows.weight = x.data_ptr(), out.data_ptr(), weight.data_ptr()
@@ -135,7 +147,7 @@ class CpuOps(TorchOps):
         if x.dtype not in DTYPES or weight.dtype != torch.float32 or not same:
             return super().add_rms_norm(x, residual, param, eps)
         x, residual = x.contiguous(), residual.contiguous()
-        out, total = self._fill(x, weight, eps), torch.empty(x.shape, dtype=x.dtype)
+        out, total = self._fill(x, weight, eps), self.empty(x.shape, x.dtype)
         self._rows.residual, self._rows.total = residual.data_ptr(), total.data_ptr()
         self.kernels.rms_norm(self._rows_address)
         return out, total
@@ -160,7 +172,7 @@ class CpuOps(TorchOps):
     def _gate(self, x: Tensor, kind: str) -> Tensor:
         x = x.contiguous()
         size = x.shape[-1] // 2
-        out = torch.empty((*x.shape[:-1], size), dtype=x.dtype)
+        out = self.empty((*x.shape[:-1], size), x.dtype)
         rows = self._rows
         rows.x, rows.out, rows.dtype = x.data_ptr(), out.data_ptr(), DTYPES[x.dtype]
         rows.rows, rows.size, rows.x_stride, rows.out_stride = (
@@ -176,7 +188,7 @@ class CpuOps(TorchOps):
         if heads > 1 and x.stride(1) != dim:
             x = x.contiguous()
         cos, sin = cos.contiguous(), sin.contiguous()
-        out = torch.empty((tokens, heads, dim), dtype=x.dtype)
+        out = self.empty((tokens, heads, dim), x.dtype)
         rope = self._rope
         rope.x, rope.cos, rope.sin = x.data_ptr(), cos.data_ptr(), sin.data_ptr()
         rope.out, rope.tokens, rope.heads, rope.dim = out.data_ptr(), tokens, heads, dim

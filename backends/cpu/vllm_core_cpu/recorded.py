@@ -45,6 +45,7 @@ VIEWS = {
     _aten.view.default, _aten._unsafe_view.default, _aten.slice.Tensor, _aten.select.int,
     _aten.reshape.default, _aten.as_strided.default, _aten.unsqueeze.default,
     _aten.squeeze.dim, _aten.detach.default, _aten.alias.default, _aten.transpose.int,
+    _aten.view.dtype,
 }  # fmt: skip
 
 
@@ -238,8 +239,8 @@ class WalkRecorder:
     """The recordings of one runtime. Programs run one at a time."""
 
     def __init__(self, kernels: native.Native, *users: Any) -> None:
-        """users: who calls the kernels, as their attribute `kernels`. Held weakly, since one of
-        them holds the recorder: what is closed goes at once."""
+        """users: who calls the kernels and gives them memory, as their attributes `kernels` and
+        `empty`. Held weakly, since one of them holds the recorder: what is closed goes at once."""
         self._kernels, self._users = kernels, tuple(map(weakref.ref, users))
         self._arena = Arena()
         self._walks: OrderedDict[Any, tuple[Walk | None, Any]] = OrderedDict()
@@ -284,14 +285,15 @@ class WalkRecorder:
         arena.begin()
         watch = _Watch(recorder, arena)
         users = [user for user in (held() for held in self._users) if user is not None]
+        kept = [user.empty for user in users]
         for user in users:
-            user.kernels = recorder
+            user.kernels, user.empty = recorder, arena.empty
         try:
             with watch:
                 out, kv = _walk(body, x, kv, params, specs, shared, arena.next_layer)
         finally:
-            for user in users:
-                user.kernels = self._kernels
+            for user, empty in zip(users, kept, strict=True):
+                user.kernels, user.empty = self._kernels, empty
         if arena.is_too_small:  # the next walk of this kind is recorded
             arena.grow(len(x))
             self._walks.clear()

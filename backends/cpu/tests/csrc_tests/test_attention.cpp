@@ -2,7 +2,9 @@
 //
 // A batch has rows that decode, prompts, chunks behind a prefix and an empty row, and tokens of
 // padding behind them. Whatever nobody may read is poison: slots from seq_len on, blocks that no row
-// holds or sees, other layers, gaps between tokens; in the tables, blocks that do not exist.
+// holds or sees, other layers, gaps between tokens; in the tables, blocks that do not exist. T is what
+// is computed in; S what the cache stores: T, or int8_t, codes by the law of
+// vllm_core/ops/quantized_kv.py.
 #include <algorithm>
 
 #include "check.h"
@@ -34,13 +36,43 @@ struct Wanted {
   double out, allowed;
 };
 
-template <class T>
+template <class S>
+constexpr bool CODED = sizeof(S) == 1;
+
+// What a cache holds of vectors [count][dim], and what that is worth.
+template <class T, class S>
+struct Held {
+  std::vector<S> stored;
+  std::vector<float> scales, worth;  // [count] of codes; [count][dim]
+
+  Held(const std::vector<T>& x, int64_t dim) {
+    for (size_t first = 0; first < x.size(); first += static_cast<size_t>(dim)) {
+      const T* vector = &x[first];
+      float most = 0;
+      for (int64_t d = 0; d < dim; d++) most = std::max(most, std::fabs(widen(vector[d])));
+      scales.push_back(most / 127.0f);
+      for (int64_t d = 0; d < dim; d++) hold(vector[d], scales.back());
+    }
+  }
+  void hold(T x, float scale) {
+    if constexpr (CODED<S>) {
+      stored.push_back(static_cast<S>(scale > 0 ? std::nearbyint(widen(x) / scale) : 0));
+      worth.push_back(stored.back() * scale);
+    } else {
+      stored.push_back(x);
+      worth.push_back(widen(x));
+    }
+  }
+};
+
+template <class T, class S>
 struct Case {
   Shape s;
   Rules rules;
   std::vector<Row> rows;
   int64_t tokens = 0, longest = 0, used = 1, blocks, table_stride, head_size;
   std::vector<std::vector<T>> keys, values;  // of each row: [length][kv_heads][dim]
+  std::vector<Held<T, S>> held_keys, held_values;
   Guarded<int32_t> tables, row_ids, seq_lens, query_start;
   Guarded<float> sinks;
   std::vector<Wanted> wanted, wanted_lse;
@@ -72,13 +104,16 @@ struct Case {
     for (size_t r = 0; r < rows.size(); r++) {
       keys.push_back(numbers(random, rows[r].length() * s.kv_heads * s.dim));
       values.push_back(numbers(random, rows[r].length() * s.kv_heads * s.dim_v));
+      if (rows[r].length() > 2) std::fill_n(keys[r].begin(), s.dim, T()), std::fill_n(values[r].begin(), s.dim_v, T());
+      held_keys.emplace_back(keys[r], s.dim);
+      held_values.emplace_back(values[r], s.dim_v);
       const int64_t i = static_cast<int64_t>(r);
       row_ids[i] = static_cast<int32_t>(rows.size() - r);  // table 0 is nobody's
       seq_lens[i] = static_cast<int32_t>(rows[r].length());
       query_start[i + 1] = query_start[i] + static_cast<int32_t>(rows[r].queries);
     }
     give_blocks();
-    head_size = kernels->kv_head_size(dtype_of<T>(), s.dim, s.dim_v, s.block_tokens);
+    head_size = kernels->kv_head_size(dtype_of<T>(), kv_dtype(), s.dim, s.dim_v, s.block_tokens);
     ask(random);
   }
 
@@ -87,6 +122,8 @@ struct Case {
     for (int64_t i = 0; i < count; i++) out.push_back(narrow<T>(random.normal()));
     return out;
   }
+
+  static int32_t kv_dtype() { return CODED<S> ? static_cast<int32_t>(vc::INT8) : dtype_of<T>(); }
 
   bool sees(int64_t at, int64_t key) const {
     return (!rules.causal || key <= at) && (rules.window < 0 || key > at - rules.window);
@@ -134,10 +171,10 @@ struct Case {
           double top = -INFINITY, wrong = 0, total = 0;
           for (int64_t j = 0; j < rows[r].length(); j++) {
             if (!sees(rows[r].cached + t, j)) continue;
-            const T* k = &keys[r][static_cast<size_t>((j * s.kv_heads + h / s.per_kv) * s.dim)];
+            const float* k = &held_keys[r].worth[static_cast<size_t>((j * s.kv_heads + h / s.per_kv) * s.dim)];
             double score = 0, size = 0;
             for (int64_t d = 0; d < s.dim; d++) {
-              double term = scale * static_cast<double>(widen(q[d])) * widen(k[d]);
+              double term = scale * static_cast<double>(widen(q[d])) * k[d];
               score += term;
               size += std::fabs(term);
             }
@@ -153,11 +190,11 @@ struct Case {
             if (p == 0) continue;
             total += p;
             const size_t at = j * static_cast<size_t>(s.kv_heads) + static_cast<size_t>(h / s.per_kv);
-            const T* v = &values[r][at * out.size()];
+            const float* v = &held_values[r].worth[at * out.size()];
             for (size_t d = 0; d < out.size(); d++) {
-              out[d] += p * widen(v[d]);
-              sizes[d] += std::fabs(p * widen(v[d]));
-              squares[d] += p * p * widen(v[d]) * widen(v[d]);
+              out[d] += p * v[d];
+              sizes[d] += std::fabs(p * v[d]);
+              squares[d] += p * p * v[d] * v[d];
             }
           }
           wrong = 2 * wrong + (8 + std::sqrt(scores.size())) * u;  // of a weight, relative
@@ -174,28 +211,67 @@ struct Case {
   float scale_of() const { return rules.sharpness / std::sqrt(static_cast<float>(s.dim)); }
 };
 
-// What a layer's blocks hold, as move_blocks has it: [blocks][block_tokens][kv_heads][dim].
+// What nobody may read: NaN, or another number.
 template <class T>
-struct Content {
-  Guarded<T> k, v;
+struct Poison {
+  T number;
+  float scale;
+  int8_t byte;  // a scale of such bytes is NaN, or 3e38
+  template <class S>
+  S stored() const {
+    if constexpr (CODED<S>)
+      return byte;
+    else
+      return number;
+  }
+};
 
-  Content(const Case<T>& c, T poison)
-      : k(c.blocks * c.s.block_tokens * c.s.kv_heads * c.s.dim, poison),
-        v(c.blocks * c.s.block_tokens * c.s.kv_heads * c.s.dim_v, poison) {}
-  void fill(const Case<T>& c, bool after) {
+// What a layer's blocks hold, as move_blocks has it: [blocks][block_tokens][kv_heads][dim].
+template <class T, class S>
+struct Content {
+  const Case<T, S>& c;
+  Guarded<S> k, v;
+  Guarded<float> k_scale, v_scale;
+
+  Content(const Case<T, S>& of, const Poison<T>& poison)
+      : c(of),
+        k(vectors() * c.s.dim, poison.template stored<S>()),
+        v(vectors() * c.s.dim_v, poison.template stored<S>()),
+        k_scale(vectors(), poison.scale),
+        v_scale(vectors(), poison.scale) {}
+  int64_t vectors() const { return c.blocks * c.s.block_tokens * c.s.kv_heads; }
+  void fill(bool after) {
     c.slots(after, [&](int64_t block, int64_t slot, size_t row, int64_t at) {
       const int64_t heads = c.s.kv_heads, to = (block * c.s.block_tokens + slot) * heads;
-      std::memcpy(&k[to * c.s.dim], &c.keys[row][static_cast<size_t>(at * heads * c.s.dim)],
-                  static_cast<size_t>(heads * c.s.dim) * sizeof(T));
-      std::memcpy(&v[to * c.s.dim_v], &c.values[row][static_cast<size_t>(at * heads * c.s.dim_v)],
-                  static_cast<size_t>(heads * c.s.dim_v) * sizeof(T));
+      copy(&k[to * c.s.dim], c.held_keys[row].stored, at, heads * c.s.dim);
+      copy(&v[to * c.s.dim_v], c.held_values[row].stored, at, heads * c.s.dim_v);
+      copy(&k_scale[to], c.held_keys[row].scales, at, heads);
+      copy(&v_scale[to], c.held_values[row].scales, at, heads);
     });
   }
+  template <class X>
+  static void copy(X* to, const std::vector<X>& from, int64_t at, int64_t count) {
+    std::memcpy(to, &from[static_cast<size_t>(at * count)], static_cast<size_t>(count) * sizeof(X));
+  }
+  void move(const vc::Attend& a, bool to_cache) {
+    std::vector<int32_t> ids;
+    for (int64_t block = 0; block < c.blocks; block++) ids.push_back(static_cast<int32_t>(block));
+    const vc::Blocks blocks = {ids.data(), k.data(), v.data(), CODED<S> ? k_scale.data() : nullptr,
+                               CODED<S> ? v_scale.data() : nullptr, c.blocks, to_cache};
+    kernels->move_blocks(&a, &blocks);
+  }
+  bool is(const Content& other) const;
 };
 
 template <class T>
 bool same(const Guarded<T>& a, const Guarded<T>& b) {
   return !std::memcmp(a.data(), b.data(), static_cast<size_t>(a.size()) * sizeof(T));
+}
+
+template <class T, class S>
+bool Content<T, S>::is(const Content& other) const {
+  const bool scales = !CODED<S> || (same(k_scale, other.k_scale) && same(v_scale, other.v_scale));
+  return scales && same(k, other.k) && same(v, other.v);
 }
 
 // q, k or v of the step, tokens `gap` further apart than they must be.
@@ -205,12 +281,14 @@ void fill_tokens(Guarded<T>& to, int64_t token, int64_t stride, const T* from, i
 }
 
 // One step on a fresh cache; out and lse come back as the kernel left them.
-template <class T>
-void step(const Case<T>& c, T poison, const char* name, Guarded<T>& out, Guarded<float>& lse) {
+template <class T, class S>
+void step(const Case<T, S>& c, const Poison<T>& unread, const char* name, Guarded<T>& out, Guarded<float>& lse) {
   const Shape s = c.s;
+  const T poison = unread.number;
+  const S blank = unread.template stored<S>();
   const int64_t all = c.tokens + PADDING, q_size = s.q_heads() * s.dim, k_size = s.kv_heads * s.dim,
                 v_size = s.kv_heads * s.dim_v, block_size = LAYERS * s.kv_heads * c.head_size;
-  Guarded<T> cache(c.blocks * block_size, poison);
+  Guarded<S> cache(c.blocks * block_size, blank);
   Guarded<T> q((all - 1) * (q_size + 3) + q_size, poison), k((all - 1) * (k_size + 1) + k_size, poison);
   Guarded<T> v((all - 1) * (v_size + 5) + v_size, poison);
   for (size_t r = 0; r < c.rows.size(); r++)
@@ -231,41 +309,39 @@ void step(const Case<T>& c, T poison, const char* name, Guarded<T>& out, Guarded
   a.q_stride = q_size + 3, a.k_stride = k_size + 1, a.v_stride = v_size + 5;
   a.q_heads = s.q_heads(), a.kv_heads = s.kv_heads, a.dim = s.dim, a.dim_v = s.dim_v;
   a.block_tokens = s.block_tokens, a.window = c.rules.window;
-  a.scale = c.scale_of(), a.softcap = c.rules.softcap, a.causal = c.rules.causal, a.dtype = dtype_of<T>();
+  a.scale = c.scale_of(), a.softcap = c.rules.softcap, a.causal = c.rules.causal, a.dtype = dtype_of<T>(), a.kv_dtype = c.kv_dtype();
 
-  std::vector<int32_t> ids;
-  for (int64_t block = 0; block < c.blocks; block++) ids.push_back(static_cast<int32_t>(block));
-  Content<T> before(c, poison), after(c, poison), found(c, T());
-  before.fill(c, false);
-  after.fill(c, true);
-  kernels->move_blocks(&a, ids.data(), c.blocks, before.k.data(), before.v.data(), 1);
-  kernels->move_blocks(&a, ids.data(), c.blocks, found.k.data(), found.v.data(), 0);
-  check(same(found.k, before.k) && same(found.v, before.v), "%s: move_blocks there and back", name);
+  Content<T, S> before(c, unread), after(c, unread), found(c, Poison<T>{});
+  before.fill(false);
+  after.fill(true);
+  before.move(a, true);
+  found.move(a, false);
+  check(found.is(before), "%s: move_blocks there and back", name);
   kernels->attend(&a);
-  kernels->move_blocks(&a, ids.data(), c.blocks, found.k.data(), found.v.data(), 0);
-  check(same(found.k, after.k) && same(found.v, after.v), "%s: the cache after the step", name);
+  found.move(a, false);
+  check(found.is(after), "%s: the cache after the step", name);
   int64_t changed = 0;
   for (int64_t i = 0; i < cache.size(); i++)
     if (i % block_size / (s.kv_heads * c.head_size) != LAYER)
-      changed += std::memcmp(&cache[i], &poison, sizeof(T)) != 0;
+      changed += std::memcmp(&cache[i], &blank, sizeof(S)) != 0;
   check(!changed, "%s: %ld numbers of another layer have changed", name, changed);
 }
 
-template <class T>
-void check_case(const Case<T>& c, const char* rules) {
+template <class T, class S>
+void check_case(const Case<T, S>& c, const char* rules) {
   char name[200];
   for (int threads : {1, 2, 3}) {
     vc_set_threads(threads);
     std::snprintf(name, sizeof name,
-                  "attend: dtype %d heads %ld / %ld dim %ld / %ld blocks of %ld, %ld rows, %s, %d threads",
-                  dtype_of<T>(), c.s.q_heads(), c.s.kv_heads, c.s.dim, c.s.dim_v, c.s.block_tokens,
+                  "attend: dtype %d, cache %d, heads %ld / %ld dim %ld / %ld blocks of %ld, %ld rows, %s, %d threads",
+                  dtype_of<T>(), c.kv_dtype(), c.s.q_heads(), c.s.kv_heads, c.s.dim, c.s.dim_v, c.s.block_tokens,
                   static_cast<int64_t>(c.rows.size()), rules, threads);
     const int64_t heads = c.s.q_heads(), size = heads * c.s.dim_v, all = c.tokens + PADDING;
     Guarded<T> out(all * size, narrow<T>(NOT_READ)), again(all * size, narrow<T>(NOT_READ));
     Guarded<float> lse(all * heads, NOT_READ), lse_again(all * heads, NOT_READ);
-    step(c, narrow<T>(NOT_READ), name, out, lse);
+    step(c, Poison<T>{narrow<T>(NOT_READ), NOT_READ, -1}, name, out, lse);
     if (threads == 3) {  // the bits do not hang on what is not to be read, either
-      step(c, narrow<T>(3e38f), name, again, lse_again);
+      step(c, Poison<T>{narrow<T>(3e38f), 3e38f, 0x7f}, name, again, lse_again);
       check(same(out, again) && same(lse, lse_again), "%s: another poison, other bits", name);
     }
     for (int64_t i = 0; i < c.tokens * size; i++) {
@@ -286,9 +362,11 @@ void check_case(const Case<T>& c, const char* rules) {
   }
 }
 
-void check_both(Shape shape, const char* name, Rules rules, const std::vector<Row>& rows, uint64_t seed) {
-  check_case(Case<float>(shape, rules, rows, seed), name);
-  check_case(Case<bf16>(shape, rules, rows, seed), name);
+void check_all(Shape shape, const char* name, Rules rules, const std::vector<Row>& rows, uint64_t seed) {
+  check_case(Case<float, float>(shape, rules, rows, seed), name);
+  check_case(Case<bf16, bf16>(shape, rules, rows, seed), name);
+  check_case(Case<float, int8_t>(shape, rules, rows, seed), name);
+  check_case(Case<bf16, int8_t>(shape, rules, rows, seed), name);
 }
 
 Rules made(int64_t window, float softcap, bool sinks, bool causal = true, bool lse = true, float sharpness = 1) {
@@ -320,13 +398,13 @@ int main(int count, char** arguments) {
     uint64_t seed = 0;
     for (const Shape& shape : shapes)
       for (const auto& [name, rules] : all_rules)
-        if (++seed && (!few || seed % 9 % 4 == 1)) check_both(shape, name, rules, mixed, seed);
+        if (++seed && (!few || seed % 9 % 4 == 1)) check_all(shape, name, rules, mixed, seed);
     // one row or two, cut among the threads; with the window, a thread has keys that some queries never see
     const int64_t many = few ? 300 : 3000;
     for (const Shape& shape : std::vector<Shape>{{1, 3, 64, 64, 32}, {2, 1, 5, 20, 16}}) {
-      check_both(shape, "long", made(-1, 0, true), {{many, 1}}, ++seed);
-      check_both(shape, "long, odd", made(-1, 0, false, true, true, 6), {{many + 2, 1}, {many / 3, 9}}, ++seed);
-      check_both(shape, "long, window 100", made(100, 0, false), {{many / 5, 60}}, ++seed);
+      check_all(shape, "long", made(-1, 0, true), {{many, 1}}, ++seed);
+      check_all(shape, "long, odd", made(-1, 0, false, true, true, 6), {{many + 2, 1}, {many / 3, 9}}, ++seed);
+      check_all(shape, "long, window 100", made(100, 0, false), {{many / 5, 60}}, ++seed);
     }
   });
 }

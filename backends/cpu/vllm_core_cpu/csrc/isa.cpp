@@ -4,6 +4,7 @@
 #include "linear.h"
 #include "quantized.h"
 #include "rows.h"
+#include "sample.h"
 
 #define VC_TEXT_OF(x) #x
 #define VC_TEXT(x) VC_TEXT_OF(x)
@@ -79,28 +80,26 @@ void linear_any(const vc::Linear* w, const void* x, int64_t x_stride, void* out,
     linear_of<bf16, bf16>(*w, x, x_stride, out, m);
 }
 
+// use(T, S): numbers of what is computed in and of what a cache stores.
+template <class Use>
+auto by_format(int32_t dtype, int32_t kv_dtype, const Use& use) {
+  const bool coded = kv_dtype == vc::INT8;
+  if (dtype == vc::FLOAT32) return coded ? use(float(), int8_t()) : use(float(), float());
+  return coded ? use(bf16(), int8_t()) : use(bf16(), bf16());
+}
+
 void attend_any(const vc::Attend* a) {
-  a->dtype == vc::FLOAT32 ? attend<float>(*a) : attend<bf16>(*a);
+  by_format(a->dtype, a->kv_dtype, [&](auto t, auto s) { attend<decltype(t), decltype(s)>(*a); });
 }
 
-int64_t kv_head_size(int32_t dtype, int64_t dim, int64_t dim_v, int64_t block_tokens) {
-  return dtype == vc::FLOAT32 ? head_size<float>(dim, dim_v, block_tokens) : head_size<bf16>(dim, dim_v, block_tokens);
+int64_t kv_head_size(int32_t dtype, int32_t kv_dtype, int64_t dim, int64_t dim_v, int64_t block_tokens) {
+  return by_format(dtype, kv_dtype, [&](auto t, auto s) {
+    return head_size<decltype(t), decltype(s)>(dim, dim_v, block_tokens);
+  });
 }
 
-template <class T>
-void move_blocks(const vc::Attend& a, const int32_t* blocks, int64_t count, T* k, T* v, bool to_cache) {
-  const Cache<T> cache = cache_of<T>(a);
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t slot = 0; slot < a.block_tokens; slot++)
-      for (int64_t h = 0; h < a.kv_heads; h++, k += a.dim, v += a.dim_v)
-        to_cache ? cache.write(blocks[i], h, slot, k, v) : cache.read(blocks[i], h, slot, k, v);
-}
-
-void move_blocks_any(const vc::Attend* a, const int32_t* blocks, int64_t count, void* k, void* v, int32_t to_cache) {
-  if (a->dtype == vc::FLOAT32)
-    move_blocks(*a, blocks, count, static_cast<float*>(k), static_cast<float*>(v), to_cache);
-  else
-    move_blocks(*a, blocks, count, static_cast<bf16*>(k), static_cast<bf16*>(v), to_cache);
+void move_blocks_any(const vc::Attend* a, const vc::Blocks* blocks) {
+  by_format(a->dtype, a->kv_dtype, [&](auto t, auto s) { move_blocks<decltype(t), decltype(s)>(*a, *blocks); });
 }
 
 void rms_norm_any(const vc::Rows* a) { a->dtype == vc::FLOAT32 ? rms_norm<float>(*a) : rms_norm<bf16>(*a); }
@@ -131,6 +130,6 @@ void replay(const vc::Call* calls, int64_t count) {
 extern const vc::Kernels kernels;
 const vc::Kernels kernels = {VC_TEXT(VC_ISA), packed_bytes, pack_any, packed_code_bytes, quantize_any, pack_codes_any,
                              unpack_rows, linear_any, attend_any, kv_head_size, move_blocks_any, rms_norm_any, layer_norm_any,
-                             gate_any, rope_any, add_any, largest_of_rows, replay};
+                             gate_any, rope_any, add_any, largest_of_rows, sample, replay};
 
 }  // namespace VC_ISA

@@ -8,7 +8,7 @@
 
 namespace vc {
 
-enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Dtype : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
 // One packed weight: what linear needs of it beside x.
 struct Linear {
@@ -61,6 +61,18 @@ struct Attend {
   float softcap;  // 0: none
   int32_t causal;
   int32_t dtype;
+  int32_t kv_dtype;  // of the cache: dtype, or INT8: codes with scales
+};
+
+// Blocks of one layer, and dense arrays that they come from or go to, in the cache's dtype.
+struct Blocks {
+  const int32_t* ids;
+  void* k;         // [count, block_tokens, kv_heads, dim]
+  void* v;         // [count, block_tokens, kv_heads, dim_v]
+  float* k_scale;  // of codes: [count, block_tokens, kv_heads]
+  float* v_scale;
+  int64_t count;
+  int32_t to_cache;  // 1: the cache is written
 };
 
 // Rows of numbers under a norm, an activation, a rotation. Strides are those of rows.
@@ -86,6 +98,22 @@ struct Rope {
   int32_t dtype;
 };
 
+// Columns of Sample::params that the draw reads (vllm_core/ops/step.py); floats lie there by their bits.
+enum Column : int32_t {
+  TEMPERATURE = 0, TOP_K = 1, TOP_P = 2, MIN_P_GAP = 3, SEED_LOW = 7, SEED_HIGH = 8, SEQUENCE_INDEX = 9
+};
+
+// Rows of logits that draw a token each; bias and penalties are in them.
+struct Sample {
+  const float* x;            // [rows, size]
+  const int32_t* params;     // [rows][params_stride]
+  const int32_t* positions;  // [rows]
+  int32_t* token;            // [rows]
+  int32_t* fault;            // [rows] 1: NaN, or nothing finite
+  int64_t rows, size, params_stride;
+  int32_t filters;  // 0: no row has top-k, top-p or min-p
+};
+
 enum Kind : int32_t { LINEAR = 0, ATTEND = 1, RMS_NORM = 2, LAYER_NORM = 3, GATE = 4, ROPE = 5, ADD = 6 };
 
 // One call of a function below, kept to be made again.
@@ -108,9 +136,9 @@ struct Kernels {
   void (*unpack_rows)(const Linear* weight, const int32_t* rows, int64_t count, void* out);  // rows null: all
   void (*linear)(const Linear* weight, const void* x, int64_t x_stride, void* out, int64_t m);
   void (*attend)(const Attend* step);
-  int64_t (*kv_head_size)(int32_t dtype, int64_t dim, int64_t dim_v, int64_t block_tokens);  // elements
-  // `count` blocks of one layer <-> [count, block_tokens, kv_heads, dim]; to_cache: 1 writes the cache
-  void (*move_blocks)(const Attend* cache, const int32_t* blocks, int64_t count, void* k, void* v, int32_t to_cache);
+  // elements of the cache's dtype, of one head in one block
+  int64_t (*kv_head_size)(int32_t dtype, int32_t kv_dtype, int64_t dim, int64_t dim_v, int64_t block_tokens);
+  void (*move_blocks)(const Attend* cache, const Blocks* blocks);
   void (*rms_norm)(const Rows* rows);
   void (*layer_norm)(const Rows* rows);
   void (*gate)(const Rows* rows, int32_t kind);  // x [rows, 2 size] -> act(x[:, :size]) * x[:, size:]
@@ -118,6 +146,7 @@ struct Kernels {
   void (*add)(const Rows* rows);  // out = x + residual, or x alone
   // of rows of float32 [rows][size]: the largest, NaN if one is NaN, and where the first such stands
   void (*largest)(const float* x, int64_t rows, int64_t size, int32_t* index, float* value);
+  void (*sample)(const Sample* rows);
   void (*replay)(const Call* calls, int64_t count);
 };
 

@@ -224,20 +224,20 @@ void finish(int64_t m, int64_t columns, const float* sums, const float* gates, c
 template <class T, class Out>
 void linear(const T* packed, const float* bias, const T* x, int64_t x_stride, Out* out,
             int64_t out_stride, int64_t m, int64_t n, int64_t k, int epilogue, int threads) {
-  int64_t panels = (n + PANEL - 1) / PANEL, size = panel_size<T>(k);
-  vc::each_item(panels, threads, [&](int64_t p) {
+  const int64_t panels = (n + PANEL - 1) / PANEL, size = panel_size<T>(k);
+  const int64_t blocks = (m + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  vc::each_item(panels * blocks, threads, [&](int64_t item) {
     alignas(64) float sums[BLOCK_ROWS * PANEL], gates[BLOCK_ROWS * PANEL];
+    const int64_t p = item / blocks, row = item % blocks * BLOCK_ROWS;
+    const int64_t rows = m - row < BLOCK_ROWS ? m - row : BLOCK_ROWS;
     const int64_t columns = n - p * PANEL < PANEL ? n - p * PANEL : PANEL;
     const bool gated = epilogue != PLAIN;
     const T *panel = packed + p * size, *up = panel + panels * size, *next = panel + size;
-    for (int64_t row = 0; row < m; row += BLOCK_ROWS) {
-      const int64_t rows = m - row < BLOCK_ROWS ? m - row : BLOCK_ROWS;
-      const T* own_x = x + row * x_stride;
-      if (gated) block_by_panel(rows, own_x, x_stride, k, panel, up, gates);
-      block_by_panel(rows, own_x, x_stride, k, gated ? up : panel, next, sums);
-      finish(rows, columns, sums, gated ? gates : nullptr, bias ? bias + p * PANEL + (gated ? n : 0) : nullptr,
-             gated && bias ? bias + p * PANEL : nullptr, epilogue, out + row * out_stride + p * PANEL, out_stride);
-    }
+    const T* own_x = x + row * x_stride;
+    if (gated) block_by_panel(rows, own_x, x_stride, k, panel, up, gates);
+    block_by_panel(rows, own_x, x_stride, k, gated ? up : panel, next, sums);
+    finish(rows, columns, sums, gated ? gates : nullptr, bias ? bias + p * PANEL + (gated ? n : 0) : nullptr,
+           gated && bias ? bias + p * PANEL : nullptr, epilogue, out + row * out_stride + p * PANEL, out_stride);
   });
 }
 

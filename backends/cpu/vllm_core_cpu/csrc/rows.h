@@ -13,18 +13,6 @@ constexpr int64_t WORTH_THREADS = 1 << 15;  // numbers below which one thread is
 
 inline int threads_for(int64_t numbers) { return numbers < WORTH_THREADS ? 1 : vc::team_threads; }
 
-// visit(at, count): `count` lanes from `at`, all of W but the last.
-template <class Visit>
-VC_INLINE void by_lanes(int64_t size, const Visit& visit) {
-  int64_t at = 0;
-  for (; at + W <= size; at += W) visit(at, W);
-  if (at < size) visit(at, static_cast<int>(size - at));
-}
-template <class T>
-VC_INLINE Vec load_up_to(const T* p, int count) { return count == W ? load(p) : load_some(p, count); }
-template <class T>
-VC_INLINE void store_up_to(T* p, Vec v, int count) { count == W ? store(p, v) : store_some(p, v, count); }
-
 // Rounded to T, as a sum that is kept in T is.
 VC_INLINE Vec as_kept(Vec x, const float*) { return x; }
 VC_INLINE Vec as_kept(Vec x, const bf16*) {

@@ -11,10 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON)
+#if defined(__ARM_NEON)
 #include <arm_neon.h>
+#else
+#include <immintrin.h>
 #endif
 
 #define VC_INLINE inline __attribute__((always_inline))
@@ -74,6 +74,19 @@ VC_INLINE float largest(Vec v) {
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; i++) parts[i] = parts[i] > parts[i + half] ? parts[i] : parts[i + half];
   return parts[0];
+#endif
+}
+
+// Whether any lane of a comparison holds.
+VC_INLINE bool any(IVec v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < W; i++) found |= v[i];
+  return found != 0;
 #endif
 }
 
@@ -158,6 +171,19 @@ VC_INLINE float as_number<float>(float x) { return x; }
 template <>
 VC_INLINE bf16 as_number<bf16>(float x) { return to_bf16(x); }
 
+// ---- numbers of either kind, however many
+// visit(at, count): `count` lanes from `at`, all of W but the last.
+template <class Visit>
+VC_INLINE void by_lanes(int64_t size, const Visit& visit) {
+  int64_t at = 0;
+  for (; at + W <= size; at += W) visit(at, W);
+  if (at < size) visit(at, static_cast<int>(size - at));
+}
+template <class T>
+VC_INLINE Vec load_up_to(const T* p, int count) { return count == W ? load(p) : load_some(p, count); }
+template <class T>
+VC_INLINE void store_up_to(T* p, Vec v, int count) { count == W ? store(p, v) : store_some(p, v, count); }
+
 // ---- 8 bits
 VC_INLINE IVec load(const int32_t* p) { return *reinterpret_cast<const IVec_u*>(p); }
 VC_INLINE UVec load(const uint32_t* p) { return *reinterpret_cast<const UVec_u*>(p); }
@@ -186,12 +212,76 @@ VC_INLINE IVec dot4(IVec acc, UVec b, IVec a) {
 #endif
 }
 
+VC_INLINE Vec to_floats(IVec x) { return __builtin_convertvector(x, Vec); }
+
+// W signed numbers of 8 or 16 bits. By hand: gcc 12 takes them one by one.
+VC_INLINE IVec load_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (IVec)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p)));
+#elif defined(__AVX2__)
+  return (IVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p)));
+#else
+  int32_t four;
+  std::memcpy(&four, p, 4);
+#if defined(__ARM_NEON)
+  return (IVec)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+#else
+  const __m128i x = _mm_cvtsi32_si128(four), twice = _mm_unpacklo_epi8(x, x);
+  return (IVec)_mm_unpacklo_epi16(twice, twice) >> 24;
+#endif
+#endif
+}
+VC_INLINE IVec load_shorts(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (IVec)_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p)));
+#elif defined(__AVX2__)
+  return (IVec)_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p)));
+#elif defined(__ARM_NEON)
+  return (IVec)vmovl_s16(vreinterpret_s16_s8(vld1_s8(p)));
+#else
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i_u*>(p));
+  return (IVec)_mm_unpacklo_epi16(x, x) >> 16;
+#endif
+}
+
+// Signed bytes as W floats.
+VC_INLINE Vec load(const int8_t* p) { return to_floats(load_bytes(p)); }
+
+// As it stands in memory.
+VC_INLINE Vec as_stored(Vec x) { return x; }
+VC_INLINE UVec as_stored(UVec x) { return x; }
+
+// Signed bytes as W pairs, for dot2: of bfloat16, which holds them too, where dot2 is one instruction.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+typedef UVec BytePairs;
+VC_INLINE BytePairs load_pairs(const int8_t* p) {
+#if defined(__AVX512BF16__)
+  return (UVec)_mm512_cvtne2ps_pbh((__m512)load(p + W), (__m512)load(p));
+#else
+  const IVec both = load_shorts(p);
+  return (UVec)to_floats(both << 24 >> 24) >> 16 | (UVec)to_floats(both >> 8);
+#endif
+}
+#else
+struct BytePairs {
+  Vec first, second;
+};
+VC_INLINE BytePairs load_pairs(const int8_t* p) {
+  const IVec both = load_shorts(p);
+  return {to_floats(both << 24 >> 24), to_floats(both >> 8)};
+}
+VC_INLINE UVec as_stored(BytePairs x) { return (UVec)x.first >> 16 | (UVec)x.second; }
+VC_INLINE Vec dot2(Vec acc, UVec a, BytePairs b) {
+  acc += (Vec)(a << 16) * b.first;
+  return acc + (Vec)(a & 0xffff0000) * b.second;
+}
+#endif
+
 // To the nearest integer, ties to even; |x| below 2^22.
 VC_INLINE IVec to_nearest(Vec x) {
   const Vec magic = set(12582912.0f);  // 1.5 * 2^23
   return (IVec)(x + magic) - (IVec)magic;
 }
-VC_INLINE Vec to_floats(IVec x) { return __builtin_convertvector(x, Vec); }
 
 // ---- functions
 // e^x to about one unit in the last place; 0 below -87.3 (also for -inf), no more than e^88; NaN stays.
@@ -219,26 +309,22 @@ VC_INLINE Vec vexp(Vec x) {
   return x < low ? Vec{} : x == x ? out : x;
 }
 
-// 2^x for x up to 100, to about two units in the last place; 0 below -126 (also for -inf); NaN stays.
+// 2^x for x up to 100, to about two units in the last place; 0 for -inf; NaN stays.
 VC_INLINE Vec vexp2(Vec x) {
-  const Vec low = set(-200.0f);
-  Vec clipped = low > x ? low : x;
 #if defined(__AVX512F__)
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)clipped, 8);
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 9);  // x - floor(x)
 #else
-  const Vec magic = set(12582912.0f);  // 1.5 * 2^23: rounds to an integer
-  const Vec n = (clipped + magic) - magic;
+  const Vec magic = set(12582912.0f), low = set(-200.0f);  // 1.5 * 2^23: rounds to an integer
+  const Vec clipped = low > x ? low : x, n = (clipped - 0.5f + magic) - magic, f = clipped - n;
 #endif
-  const Vec f = clipped - n;
-  Vec y = set(1.535336188e-4f);
-  y = y * f + 1.339887440e-3f;
-  y = y * f + 9.618437357e-3f;
-  y = y * f + 5.550332471e-2f;
-  y = y * f + 2.402264791e-1f;
-  y = y * f + 6.931472028e-1f;
+  Vec y = set(1.867130213e-3f);
+  y = y * f + 9.017030019e-3f;
+  y = y * f + 5.579991332e-2f;
+  y = y * f + 2.401644501e-1f;
+  y = y * f + 6.931513118e-1f;
   y = y * f + 1.0f;
 #if defined(__AVX512F__)
-  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)n);
+  return (Vec)_mm512_scalef_ps((__m512)y, (__m512)x);
 #else
   const Vec out = (Vec)((IVec)y + (__builtin_convertvector(n, IVec) << 23));
   return clipped < -126.0f ? Vec{} : x == x ? out : x;
