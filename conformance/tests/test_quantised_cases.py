@@ -84,7 +84,7 @@ def status(kind: type[NumpyRuntime], name: str) -> tuple[str, str]:
     return result.status, result.sentence
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if ".kv." not in name])
 def test_the_reference_passes(name: str) -> None:
     assert status(NumpyRuntime, name) == ("pass", "")
 
@@ -150,6 +150,7 @@ def test_honest_kernels_that_differ_pass(runtime: Any, dtype: str) -> None:
         ("embed_last_row", "embed.int8", "that is row 513"),
         ("nan_passed_over", "head.int8", "NaN in token 0 must give NaN"),
         ("one_scale_per_row", "dense.int8", "steps of its group of"),
+        ("group_passed_over", "dense.int4", "in groups of 32: row"),
         ("first_scheme_for_all", "parts.mixed", "elements are off"),
     ],
 )

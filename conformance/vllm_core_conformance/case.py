@@ -21,7 +21,7 @@ PROFILES = {
     "core": "attention, KV cache, ops, weights, sampling, programs, memory",
     "serving": "whole engine: the same tokens under any batching, chunking, preemption, prefix hit",
     "deterministic": "the same bits again, and in any batch where that is declared",
-    "quantised": "weights and caches of few bits: refused where undeclared",
+    "quantised": "weights and caches of few bits: right, and refused where undeclared",
     "distributed": "collectives between the devices of a group",
     "performance": "reported apart, never scored",
 }
@@ -91,8 +91,8 @@ class Case:
     """(target, seed) -> Evidence, or raises Failed. Everything random follows from the seed."""
     profiles: frozenset[str]
     needs: tuple[str, ...] = ()
-    """Capabilities (fields that are true, "dtype:bfloat16", "scheme:int8") without which a backend
-    may refuse with NotSupported; it must not compute something wrong instead."""
+    """Capabilities (fields that are true, "dtype:bfloat16", "scheme:int8", "kv:int8") without which
+    a backend may refuse with NotSupported; it must not compute something wrong instead."""
     every_dtype: bool = False
     """Runs once in each 16- and 32-bit dtype that the backend declares; else once."""
     scored: bool = True

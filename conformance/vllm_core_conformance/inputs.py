@@ -131,6 +131,8 @@ class Regime:
     """What all scores of a query have in common, with either sign."""
     tiny: bool = False
     outlier: bool = False
+    uneven: bool = False
+    """Tokens of a head differ by powers of two; some are zeros, and one is far larger than all."""
 
 
 REGIMES = {
@@ -141,6 +143,7 @@ REGIMES = {
     "vast": Regime(spread=2.0, common=1e5),
     "tiny": Regime(tiny=True),
     "outlier": Regime(outlier=True),
+    "uneven": Regime(uneven=True),
 }
 
 
@@ -182,6 +185,9 @@ def fill(
         q[..., channel] /= 1000
         for x in (values, v):
             x[..., other] *= 1000
+    if regime.uneven:
+        for x, lowest in ((keys, -4), (k, -4), (values, -9), (v, -9)):
+            _make_uneven(rng, x, lowest)
     sinks = rounded(draw_sinks(rng, shape)) if shape.sinks else None
     return Scene(
         shape,
@@ -196,6 +202,15 @@ def fill(
         rounded(v),
         sinks=sinks,
     )
+
+
+def _make_uneven(rng: Random, x: Numbers, lowest: int) -> None:
+    """x [..., heads, dim] in place; the large ones are few, as scores that single out a token would
+    hide all others."""
+    size = 2.0 ** rng.integers(lowest, 1, x.shape[:-1])
+    size *= np.where(rng.random(size.shape) < 0.03, 4.0 if lowest > -8 else 300.0, 1.0)
+    size *= rng.random(size.shape) >= 0.05
+    x *= size[..., None]
 
 
 def draw_sinks(rng: Random, shape: Shape) -> Numbers:

@@ -63,6 +63,8 @@ def undeclared(case: Case, target: Target) -> list[str]:
             is_there = int(value) <= target.caps.max_head_dim
         elif name == "scheme":
             is_there = value in target.caps.schemes
+        elif name == "kv":
+            is_there = value in target.caps.kv_dtypes
         else:
             is_there = bool(getattr(target.caps, name))
         if not is_there:

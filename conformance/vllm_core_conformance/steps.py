@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vllm_core.backend import (
     APPLY_ROWS,
+    INT8_KV,
     AttentionSpec,
     DeviceStep,
     HostStep,
@@ -30,9 +31,11 @@ from vllm_core.backend.step import scrap_params
 from vllm_core.errors import NotSupported
 from vllm_core.ops import BucketKey, Changes, DeviceState
 from vllm_core_conformance.case import Failed
+from vllm_core_conformance.oracle import kv8
 from vllm_core_conformance.target import Raised, Target, calling, numpy_dtype, takes, wide
 
 Numbers = NDArray[Any]
+Blocks = dict[str, Numbers]
 
 VOCAB = 64
 """Token ids do not matter to attention."""
@@ -72,6 +75,8 @@ class Shape:
     fused: bool = False
     """q, k and v are slices of one array, as a fused projection gives them: strided, and not at the
     start of a buffer."""
+    int8: bool = False
+    """The cache holds codes of 8 bits, with a scale per token and KV head."""
 
     @property
     def rows_for_life(self) -> int:
@@ -88,7 +93,7 @@ class Shape:
             dim_qk=self.dim,
             dim_v=self.dim_v or self.dim,
             scale=self.scale,
-            kv=KVFormat(dtype),
+            kv=INT8_KV if self.int8 else KVFormat(dtype),
             group=int(self.decoy_group),
             causal=self.causal,
             window=self.window,
@@ -177,6 +182,9 @@ class Seen:
     values: Numbers
     num_tokens: Numbers = field(default_factory=lambda: np.zeros(0, np.int32))
     """[N+1] of the state after `expand` (before any advance)."""
+    codes: Blocks = field(default_factory=dict)
+    """As exported, [num_blocks, layers, BT, Hkv, ...], where the cache holds codes; `keys` and
+    `values` are then what these are worth."""
 
 
 class Stage:
@@ -218,33 +226,41 @@ class Stage:
             decoy = self._decoy_content(scene)
             with calling("import_blocks"):
                 self.kv = attention.import_blocks(self.kv, self.groups[0], ids, decoy)
-        arrays = {"k": self._host(scene.keys), "v": self._host(scene.values)}
+        arrays = self.host(scene)
         with calling("import_blocks"):
             self.kv = attention.import_blocks(self.kv, self.group, ids, arrays)
 
-    def _host(self, x: Numbers) -> Numbers:
-        """[num_blocks, layers, ...] -> [layers, num_blocks - 1, ...] in the dtype of the cache."""
-        with np.errstate(all="ignore"):
-            moved = np.ascontiguousarray(np.moveaxis(x[1:], 1, 0))
-            return moved.astype(numpy_dtype(self.target.dtype))
+    def host(self, scene: Scene) -> Blocks:
+        """The scene's cache for import_blocks: [layers, num_blocks - 1, ...]."""
+        blocks = self._blocks(scene.keys, scene.values)
+        return {n: np.ascontiguousarray(np.moveaxis(x[1:], 1, 0)) for n, x in blocks.items()}
 
-    def _decoy_content(self, scene: Scene) -> dict[str, Numbers]:
+    def _blocks(self, keys: Numbers, values: Numbers) -> Blocks:
+        """As the cache holds them: in its dtype, or codes and scales."""
+        if self.shape.int8:
+            return kv8.blocks_of(keys, values)
+        kind = numpy_dtype(self.target.dtype)
+        with np.errstate(all="ignore"):
+            return {"k": keys.astype(kind), "v": values.astype(kind)}
+
+    def _decoy_content(self, scene: Scene) -> Blocks:
         rng = np.random.default_rng(3)
         shape = (self.shape.decoy_layers, self.shape.num_blocks - 1, *scene.keys.shape[2:])
-        kind = numpy_dtype(self.target.dtype)
-        return {name: rng.normal(size=shape).astype(kind) for name in ("k", "v")}
+        return self._blocks(rng.normal(size=shape), rng.normal(size=shape))
 
-    def read_cache(self) -> tuple[Numbers, Numbers]:
-        """(keys, values) [num_blocks, layers, BT, Hkv, D]; block 0 as zeros."""
+    def read_cache(self) -> Blocks:
+        """What export gives, [num_blocks, layers, BT, Hkv, ...]; block 0 as zeros."""
         ids = list(range(1, self.shape.num_blocks))
         with calling("export_blocks"):
             found = self.target.runtime.attention.export_blocks(self.kv, self.group, ids)
+        if self.shape.int8:
+            kv8.require_names(found)
 
         def canonical(x: Any) -> Numbers:
             moved = np.moveaxis(wide(x), 0, 1)
             return np.concatenate((np.zeros_like(moved[:1]), moved))
 
-        return canonical(found["k"]), canonical(found["v"])
+        return {name: canonical(x) for name, x in found.items()}
 
     # ---- the step
     def key(self, scene: Scene) -> BucketKey:
@@ -291,10 +307,11 @@ class Stage:
             results = run(self.state, self.kv, device_step, *arrays, *more)
         self.state, self.kv = results[:2]
         out, lse, num_tokens = target.fetch(tuple(results[2:]))
-        keys, values = self.read_cache()
-        return Seen(
-            wide(out), None if lse is None else wide(lse), keys, values, np.asarray(num_tokens)
-        )
+        held = self.read_cache()
+        codes = held if self.shape.int8 else {}
+        keys, values = kv8.values_of(held) if codes else (held["k"], held["v"])
+        lse = None if lse is None else wide(lse)
+        return Seen(wide(out), lse, keys, values, np.asarray(num_tokens), codes)
 
     def _refuse_unknown(self) -> None:
         """An argument of `attend` that belongs to a bit which is not declared need not be there."""

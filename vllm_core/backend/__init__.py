@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_core.backend.attention import (
+    INT8_KV,
     KV,
     AttentionBackend,
     AttentionPlan,
@@ -37,6 +38,7 @@ from vllm_core.ops import BlockTables, RectangleTables
 
 __all__ = [
     "APPLY_ROWS",
+    "INT8_KV",
     "KV",
     "SEAM_VERSION",
     "AttentionBackend",

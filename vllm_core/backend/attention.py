@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vllm_core.errors import NotSupported
 from vllm_core.ops import Array, BucketKey, DeviceState, HostArray, StepInput, StepView
 
 KV = Any
@@ -31,11 +32,36 @@ KV = Any
 
 @dataclass(frozen=True)
 class KVFormat:
-    """How K and V are stored. Scales and v_in_k are reserved for quantised and latent caches."""
+    """How K and V are stored: in the model dtype, or, with `INT8_KV`, in codes and scales.
+
+    All else is reserved: "int8" without scales, scales beside another dtype, v_in_k (latent
+    caches).
+    """
 
     dtype: str
     scales: bool = False
+    """A float32 scale per token and KV head, one of K and one of V: `ops.quantized_kv`."""
     v_in_k: bool = False
+
+    def is_among(self, dtype: str, kv_dtypes: frozenset[str]) -> bool:
+        """Whether a backend that computes in `dtype` and declares `kv_dtypes` has it."""
+        return self == KVFormat(dtype) or (self == INT8_KV and "int8" in kv_dtypes)
+
+    def refuse_unless(self, dtype: str, kv_dtypes: frozenset[str] = frozenset()) -> None:
+        """For `alloc`: NotSupported where `is_among` says no."""
+        if not self.is_among(dtype, kv_dtypes):
+            known = ", ".join(sorted({dtype, *kv_dtypes}))
+            raise NotSupported(f"a KV cache of {self}; this backend's caches are of {known}")
+
+    def __str__(self) -> str:
+        parts = {"scales": self.scales, "V in K": self.v_in_k}
+        more = " and ".join(name for name, is_there in parts.items() if is_there)
+        return f"{self.dtype} with {more}" if more else self.dtype
+
+
+INT8_KV = KVFormat("int8", scales=True)
+"""What "int8" in `Capabilities.kv_dtypes` means. Attention reads code * scale, of this step's
+tokens too: so the same tokens come out however a prompt is cut into steps."""
 
 
 @dataclass(frozen=True)
@@ -127,31 +153,36 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def block_bytes(self, group: KVGroup) -> int:
-        """Bytes of one block over all layers of the group; pools are sized with this and nothing
-        else."""
+        """Bytes of one block over all layers of the group, scales too; pools are sized with this
+        and nothing else."""
 
     @abstractmethod
     def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
         """The cache; num_blocks by pool, the null block (0) included. OutOfMemory when it does not
-        fit."""
+        fit, NotSupported for a format that is not declared."""
 
     @abstractmethod
     def layout_fingerprint(self, group: KVGroup) -> str:
-        """Equal if and only if raw bytes of two caches are interchangeable."""
+        """Equal if and only if raw bytes of two caches are interchangeable: it names the format."""
 
     @abstractmethod
     def export_blocks(self, kv: KV, group: KVGroup, ids: Sequence[int]) -> dict[str, HostArray]:
-        """{"k", "v"}: [layer, block, token, head, dim] on the host, in the cache's dtype."""
+        """{"k", "v"}: [layer, block, token, head, dim] on the host, in the cache's dtype.
+
+        With the format INT8_KV: codes int8, and "k_scale", "v_scale" float32 [layer, block, token,
+        head]. A code of a slot that was never written may be anything.
+        """
 
     @abstractmethod
     def import_blocks(
         self, kv: KV, group: KVGroup, ids: Sequence[int], arrays: dict[str, HostArray]
     ) -> KV:
-        """The inverse of export_blocks. Consumes kv."""
+        """The inverse of export_blocks, of the same arrays. Consumes kv."""
 
     @abstractmethod
     def copy_blocks(self, kv: KV, group: KVGroup, src: Array, dst: Array) -> KV:
-        """Block src[i] onto dst[i] in all layers; padding copies 0 onto 0. Consumes kv."""
+        """Block src[i] onto dst[i] in all layers, scales too; padding copies 0 onto 0. Consumes
+        kv."""
 
     def plan_host(self, host: HostStep, key: BucketKey) -> dict[str, np.ndarray[Any, Any]]:
         """Arrays that follow from host knowledge, shapes fixed by the key; uploaded with the

@@ -45,6 +45,9 @@ class Capabilities:
     """The device's memory is the host's: the engine then takes a modest share unless told."""
     exact_host_lengths: bool = False
     """The attention needs exact lengths on the host: the core then does not run ahead."""
+    kv_dtypes: frozenset[str] = field(default_factory=frozenset)
+    """KV formats beside the model dtype. "int8": codes with a scale per token and KV head
+    (`backend.INT8_KV`); other names are reserved."""
 
     # Reserved: declared by no backend yet, and refused when asked for.
     tier: str = "sampler"
@@ -55,8 +58,6 @@ class Capabilities:
     tree: bool = False
     bidirectional: bool = False
     shard: bool = False
-    kv_dtypes: frozenset[str] = field(default_factory=frozenset)
-    """KV formats other than the model dtype."""
 
     def choose_dtype(self, wanted: str, checkpoint: str | None) -> str:
         """The dtype to compute in; `wanted` may be "auto". NotSupported names what there is."""

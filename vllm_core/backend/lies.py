@@ -49,9 +49,10 @@ RESERVED = (
     "tree",
     "bidirectional",
     "shard",
-    "kv_dtypes",
 )
 """Bits that this version of the seam knows by name only: it has no method for them yet."""
+KV_DTYPES = frozenset({"int8"})
+"""KV formats beside the model dtype of which this version of the seam knows what they hold."""
 
 
 def missing_methods(runtime: Runtime) -> list[str]:
@@ -93,6 +94,12 @@ def _bits(caps: Capabilities, owners: dict[str, Any]) -> Iterator[str]:
                 f"it declares {field.name}={value!r}, which seam {version} reserves "
                 f"and has no method for; leave it at {default!r}"
             )
+    unknown = caps.kv_dtypes - KV_DTYPES
+    if unknown:
+        yield (
+            f"it declares kv_dtypes={', '.join(sorted(unknown))}, which this seam reserves; it "
+            f"knows {', '.join(sorted(KV_DTYPES))}"
+        )
     more = caps.native_schemes - caps.schemes
     if more:
         yield f"its native_schemes {', '.join(sorted(more))} are not among its schemes"

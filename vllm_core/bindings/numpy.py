@@ -186,6 +186,7 @@ class NumpyAttention(AttentionBackend):
         for group in groups:
             if group.spec.dim_v != group.spec.dim_qk:
                 raise NotSupported("this layout needs V heads as wide as K heads")
+            group.spec.kv.refuse_unless(self.dtype.name)
             size = int(np.prod(self._shape(group)))
             try:  # a slot that was never written is poison
                 pools[group.pool] = np.full((num_blocks[group.pool], size), np.nan, self.dtype)
@@ -368,7 +369,8 @@ def _map(function: Any, tree: Any) -> Any:
 
 
 def _poison(x: HostArray) -> HostArray:
-    x.fill(np.nan if x.dtype.kind == "f" else -(2**30))
+    odd = np.iinfo(x.dtype).min // 2 if x.dtype.kind == "i" else -(2**30)
+    x.fill(np.nan if x.dtype.kind == "f" else odd)
     return x
 
 

@@ -77,7 +77,7 @@ def _quantized(
     spec: ParamSpec, tensors: dict[str, HostArray], quantize: Quantizer
 ) -> dict[str, HostArray]:
     weight, bits = tensors.pop("weight"), quantized.BITS[spec.scheme]
-    group = quantized.group_for(bits, weight.shape[-1])
+    group = spec.group or quantized.group_for(bits, weight.shape[-1])
     if weight.ndim != 2 or group is None:
         raise NotSupported(
             f"{spec.name} {list(weight.shape)} cannot be stored as {spec.scheme}: its inputs must "

@@ -56,7 +56,9 @@ class ParamSpec:
     granule: int = 1
     scheme: str = "dense"
     """What becomes of rows that come dense: a scheme of `ops.quantized` quantises them by its law,
-    in groups of `group_for`."""
+    in groups of `group`."""
+    group: int | None = None
+    """Inputs that then share a scale; None: `group_for` tells."""
 
     def check(self, shape: Sequence[int]) -> None:
         """WeightError where a weight of this shape is not what the model needs."""

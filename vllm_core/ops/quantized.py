@@ -18,6 +18,7 @@ Knows: codes and their arithmetic. Does not know: layouts, files, which weights 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,6 +30,9 @@ BITS = {"int8": 8, "int4": 4, "int8-weight-only": 8, "int4-weight-only": 4}
 """Bits of a code, by scheme."""
 GROUPS = (128, 64, 32, 16)
 """Inputs that may share a scale, beside all of a row."""
+LARGEST_GROUPS = {8: 128, 4: 64}
+"""By bits, of a dense weight that is quantised where no group was asked for: smaller ones than these
+cost time and memory, and gained no perplexity that could be measured (docs/performance.md)."""
 TINY = 2.0**-118
 """A group whose largest magnitude is below this counts as zeros: its scale would not be normal."""
 PARTIAL_SUMS = 16
@@ -51,9 +55,26 @@ def zero_of(bits: int) -> int:
     return 1 << (bits - 1)
 
 
-def group_for(bits: int, size: int) -> int | None:
-    """Inputs per scale when a dense weight is quantised at load; None: it stays dense."""
-    return next((group for group in (128, 64, 32) if size % group == 0), None)
+def split_name(quantization: str) -> tuple[str, int | None]:
+    """What users ask for -> the scheme, and the largest group or None: "int4-g32-weight-only" is
+    ("int4-weight-only", 32)."""
+    group = re.search(r"-g(\d+)", quantization)
+    if group is None:
+        return quantization, None
+    return quantization.replace(group[0], ""), int(group[1])
+
+
+def join_name(scheme: str, group: int) -> str:
+    """The other way; 8 bits are named without a group."""
+    return scheme.replace("int4", f"int4-g{group}")
+
+
+def group_for(bits: int, size: int, largest: int | None = None) -> int | None:
+    """Inputs per scale when a dense weight is quantised at load: as many as divide it, `largest` at
+    most (None: that of `LARGEST_GROUPS`); None: it stays dense."""
+    largest = largest or LARGEST_GROUPS[bits]
+    fit = (group for group in (128, 64, 32) if group <= largest and size % group == 0)
+    return next(fit, None)
 
 
 def input_group(group: int, size: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_core.backend import OpenConfig, Runtime
+from vllm_core.backend import INT8_KV, KVFormat, OpenConfig, Runtime
 from vllm_core.backend.manager import BackendManager, Choice
 from vllm_core.config import EngineConfig
 from vllm_core.errors import NotSupported
@@ -24,7 +24,7 @@ from vllm_core.runner.runner import ModelRunner, Sizes
 from vllm_core.weights.loader import dummy_params, load_params
 from vllm_core.weights.resolve import ModelFiles
 from vllm_core.weights.rules import WeightRules
-from vllm_core.weights.stored import Kept, kept_codes, param_bytes
+from vllm_core.weights.stored import Kept, kept_codes, param_bytes, scheme_names
 
 logger = get_logger(__name__)
 
@@ -47,6 +47,8 @@ class Opened:
     plan: MemoryPlan
     choice: Choice
     token_budget: int
+    weights: str
+    """How they are stored, in words."""
 
 
 def open_model(
@@ -75,7 +77,8 @@ def _open_on(
     choice: Choice,
     recipe: Recipe,
 ) -> Opened:
-    spec = recipe.spec(files.config, runtime.dtype)
+    kv = kv_format(config.kv_cache_dtype, runtime)
+    spec = recipe.spec(files.config, runtime.dtype).caching(kv)
     check_supported(spec, runtime)
     rules = recipe.weights(spec, files.config).stored_as(config.quantization or "dense")
     check_schemes(rules, config.quantization, runtime)
@@ -116,7 +119,8 @@ def _open_on(
         num_blocks=plan.num_blocks,
     )
     runner = ModelRunner(runtime, spec, params, plan.groups, sizes)
-    return Opened(runner, spec, plan, choice, budget)
+    weights = scheme_names(rules, kept, native, runtime.dtype)
+    return Opened(runner, spec, plan, choice, budget, weights)
 
 
 def itemsize(dtype: str) -> int:
@@ -147,6 +151,20 @@ def check_schemes(rules: WeightRules, wanted: str | None, runtime: Runtime) -> N
         )
 
 
+def kv_format(wanted: str, runtime: Runtime) -> KVFormat:
+    """The format that `kv_cache_dtype` asks for. NotSupported where the backend does not have
+    it."""
+    if wanted == "auto":
+        return KVFormat(runtime.dtype)
+    if wanted not in runtime.caps.kv_dtypes:
+        others = ", ".join(sorted({"auto", *runtime.caps.kv_dtypes}))
+        raise NotSupported(
+            f"kv_cache_dtype {wanted} is not among those of this backend: {others}; leave it at "
+            "auto (the model's dtype) or choose another backend (`vllm-core doctor` lists them)"
+        )
+    return INT8_KV
+
+
 def check_supported(spec: ModelSpec, runtime: Runtime) -> None:
     """Resolves the model against the capabilities before anything is loaded. NotSupported."""
     caps = runtime.caps
@@ -170,9 +188,8 @@ def check_supported(spec: ModelSpec, runtime: Runtime) -> None:
             "ALiBi": attention.alibi,
             "layers that read another layer's cache": attention.source is not None,
             "layers that write no cache": not attention.writes_kv,
-            "quantised or latent caches": attention.kv.scales or attention.kv.v_in_k,
-            f"a cache of {attention.kv.dtype}": (
-                attention.kv.dtype not in {runtime.dtype, *caps.kv_dtypes}
+            f"a KV cache of {attention.kv}": not attention.kv.is_among(
+                runtime.dtype, caps.kv_dtypes
             ),
         }
         for what, is_missing in wanted.items():

@@ -36,7 +36,8 @@ POISONS: dict[str, float | None] = {
 }
 
 
-def _play(target: Target, name: str, seed: int, *, exact: bool) -> Evidence:
+def play_poisoned(target: Target, name: str, seed: int, *, exact: bool) -> Evidence:
+    """A step of the shape with each poison in all that it must not look at."""
     rng = random(seed, f"attention.poison.{name}")
     evidence = Evidence()
     lengths = decoding if name == "decode" else mixture
@@ -113,9 +114,9 @@ def _difference(a: Seen, b: Seen, scene: Scene) -> tuple[int, int, float, float]
 
 def _case(name: str, says: str, smoke: bool = False) -> Case:
     def run(target: Target, seed: int) -> Evidence:
-        evidence = _play(target, name, seed, exact=False)
+        evidence = play_poisoned(target, name, seed, exact=False)
         if name == "mixed" and not target.is_static:
-            evidence += _play(target, name, seed + 1_000_003, exact=True)
+            evidence += play_poisoned(target, name, seed + 1_000_003, exact=True)
         return evidence
 
     return Case(

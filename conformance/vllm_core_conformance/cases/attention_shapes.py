@@ -9,7 +9,7 @@ Knows: shapes, lengths, declared limits of a step. Does not know: numbers, what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -56,6 +56,7 @@ class Recipe:
     layers: int = 3
     layer: int = 1
     dim_v: int | None = None
+    int8: bool = False
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -65,6 +66,7 @@ class Recipe:
             "softcap": self.softcap is not None,
             "sinks": self.sinks,
             f"head_dim:{self.dim}": self.dim > 128,
+            "kv:int8": self.int8,
         }
         return tuple(name for name, is_needed in wanted.items() if is_needed)
 
@@ -100,11 +102,20 @@ RECIPES = {
 }
 
 
+INT8 = "int8 "
+"""Before the name of a recipe: the same over a cache of 8 bits."""
+
+
+def recipe_of(name: str) -> Recipe:
+    plain = RECIPES[name.removeprefix(INT8)]
+    return replace(plain, int8=True) if name.startswith(INT8) else plain
+
+
 def shape_of(target: Target, name: str) -> Shape:
     """The Shape of a recipe on this backend, made once."""
     found = target.memo.get(("attention shape", name))
     if found is None:
-        found = target.memo["attention shape", name] = _make(target, RECIPES[name])
+        found = target.memo["attention shape", name] = _make(target, recipe_of(name))
     shape: Shape = found
     return shape
 
@@ -145,6 +156,7 @@ def _shape(target: Target, recipe: Recipe, size: int) -> Shape:
         share_pool=recipe.share_pool,
         fused=recipe.fused,
         dim_v=recipe.dim_v,
+        int8=recipe.int8,
     )
 
 
@@ -158,7 +170,7 @@ def edges(size: int) -> list[int]:
 
 def decoding(target: Target, name: str, rng: Random) -> Rows:
     """Rows of one token, of as many awkward lengths as the shape holds, in any order."""
-    shape, room = shape_of(target, name), _Room(shape_of(target, name), RECIPES[name])
+    shape, room = shape_of(target, name), _Room(shape_of(target, name), recipe_of(name))
     for length in edges(shape.block_tokens):
         room.take(length - 1, 1)
     while room.rows and room.take(int(rng.integers(0, min(40, room.longest))), 1):
@@ -170,7 +182,7 @@ def decoding(target: Target, name: str, rng: Random) -> Rows:
 def mixture(target: Target, name: str, rng: Random) -> Rows:
     """Decoding rows, fresh prompts and chunks behind a cached prefix."""
     shape = shape_of(target, name)
-    room, size = _Room(shape, RECIPES[name]), shape.block_tokens
+    room, size = _Room(shape, recipe_of(name)), shape.block_tokens
     odd = size + 1 + int(rng.integers(0, size))
     wanted = [(size, 1), (0, size + 1), (odd, 2), (size - 1, 1), (size, size), (2 * size + 3, 1)]
     wanted += [(2 * size, 33), (0, 1), (odd + 1, size - 1), (7, 65), (2 * size - 1, 2)]

@@ -37,7 +37,7 @@ Numbers = NDArray[Any]
 Body = Callable[[Target, np.random.Generator], Evidence]
 
 RESERVED = (
-    "tier", "max_drafts", "compact_tables", "q_pos", "tree", "bidirectional", "shard", "kv_dtypes"
+    "tier", "max_drafts", "compact_tables", "q_pos", "tree", "bidirectional", "shard"
 )  # fmt: skip
 """Bits that this seam knows by name only."""
 SHORTEST = 15
@@ -165,6 +165,13 @@ def reserved(target: Target, rng: np.random.Generator) -> Evidence:
             f"caps.{name} is {value!r}, but it is reserved: nothing in the seam serves it yet",
         )
         evidence.checks += 1
+    unknown = target.caps.kv_dtypes - {"int8"}
+    require(
+        not unknown,
+        f"caps.kv_dtypes names {', '.join(sorted(unknown))}, which is reserved: int8 is what the "
+        "seam defines",
+    )
+    evidence.checks += 1
     evidence += _reserved_calls(target, rng)
     return evidence
 

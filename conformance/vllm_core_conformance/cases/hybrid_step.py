@@ -222,7 +222,7 @@ class HybridStage(Stage):
         firsts = self._firsts(scenes)
         self.state = self._new_state()
         for index, (group, scene) in enumerate(zip(self.groups, firsts, strict=True)):
-            arrays = {"k": self._host(scene.keys), "v": self._host(scene.values)}
+            arrays = self.host(scene)
             ids = [int(i) for i in self.ids[index][1:]]
             with calling("import_blocks"):
                 self.kv = target.runtime.attention.import_blocks(self.kv, group, ids, arrays)

@@ -26,18 +26,20 @@ from vllm_core_conformance.target import Target, calling, numpy_dtype
 Numbers = NDArray[Any]
 
 
-def _caches(target: Target, num_blocks: int = 15) -> list[tuple[str, Cache]]:
-    """One group; two groups with a pool each; two groups in one pool; the smallest blocks."""
+def _caches(target: Target, prefix: str, num_blocks: int = 15) -> list[tuple[str, Cache]]:
+    """One group; two groups with a pool each; two groups in one pool; the smallest blocks.
+
+    prefix: of the recipes' names: plain caches, or those of 8 bits."""
     found = []
     for name in ("heads_7", "mixed", "largest_block", "smallest_block"):
-        groups = shape_of(target, name).groups(target.dtype)
+        groups = shape_of(target, prefix + name).groups(target.dtype)
         found.append((name, Cache(target, groups, num_blocks)))
     return found
 
 
-def _round_trip(target: Target, seed: int) -> Evidence:
+def round_trip(target: Target, seed: int, prefix: str = "") -> Evidence:
     rng, evidence = random(seed, "kv.round_trip"), Evidence()
-    for _, cache in _caches(target):
+    for _, cache in _caches(target, prefix):
         ids = [int(i) for i in rng.permutation(np.arange(1, cache.num_blocks))]
         for index, group in enumerate(cache.groups):
             part = ids[index :: len(cache.groups)]  # groups of one pool share its ids
@@ -49,9 +51,9 @@ def _round_trip(target: Target, seed: int) -> Evidence:
     return evidence
 
 
-def _import_few(target: Target, seed: int) -> Evidence:
+def import_few(target: Target, seed: int, prefix: str = "") -> Evidence:
     rng, evidence = random(seed, "kv.import_few"), Evidence()
-    for _, cache in _caches(target):
+    for _, cache in _caches(target, prefix):
         ids = [int(i) for i in rng.permutation(np.arange(1, cache.num_blocks))]
         for index, group in enumerate(cache.groups):
             part = ids[index :: len(cache.groups)]
@@ -67,11 +69,11 @@ def _import_few(target: Target, seed: int) -> Evidence:
     return evidence
 
 
-def _copy(target: Target, seed: int) -> Evidence:
+def copy(target: Target, seed: int, prefix: str = "") -> Evidence:
     """Ten pairs, one source twice among them; then one pair, in lists padded as a step's are; then
     seven pairs in lists of just that length."""
     rng, evidence = random(seed, "kv.copy"), Evidence()
-    for _, cache in _caches(target, 41):
+    for _, cache in _caches(target, prefix, 41):
         ids = [int(i) for i in rng.permutation(np.arange(1, cache.num_blocks))]
         count = len(cache.groups)
         for index, group in enumerate(cache.groups):
@@ -244,9 +246,9 @@ def _case(name: str, says: str, run: Any, *, smoke: bool = False, every: bool = 
 
 
 CASES: tuple[Case, ...] = (
-    _case("round_trip", "exported blocks are the imported ones, in any order", _round_trip),
-    _case("import_few", "an import changes its own blocks only", _import_few),
-    _case("copy", "a copied block is the source's in all layers, K and V", _copy, smoke=True),
+    _case("round_trip", "exported blocks are the imported ones, in any order", round_trip),
+    _case("import_few", "an import changes its own blocks only", import_few),
+    _case("copy", "a copied block is the source's in all layers, K and V", copy, smoke=True),
     _case("two_caches", "caches are apart, and blocks move between them", _fresh),
     _case("facts", "block sizes, bytes and fingerprints are what pools are planned with", _facts),
     _case(

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_core.backend import KVGroup
+from vllm_core.backend import INT8_KV, KVGroup
 from vllm_core_conformance.case import Evidence, require
 from vllm_core_conformance.inputs import LARGEST, Random
+from vllm_core_conformance.oracle import kv8
 from vllm_core_conformance.score import SMALLEST_NORMAL, require_equal
 from vllm_core_conformance.target import Target, calling, numpy_dtype, wide
 
@@ -35,31 +36,43 @@ class Cache:
         self.attention = target.runtime.attention
         with calling("alloc"):
             self.kv = self.attention.alloc(self.groups, {g.pool: num_blocks for g in groups})
+        self.names = kv8.NAMES if groups[0].spec.kv == INT8_KV else ("k", "v")
         self.content: list[Blocks] = [
-            {name: self._zeros(group) for name in "kv"} for group in self.groups
+            {name: self._zeros(group, name) for name in self.names} for group in self.groups
         ]
         self.known = [np.zeros(num_blocks, bool) for _ in self.groups]
         self.handed: list[tuple[str, Numbers, Numbers]] = []
         """Exports that the caller still holds, and what they were when they came."""
 
-    def _zeros(self, group: KVGroup) -> Numbers:
+    def _zeros(self, group: KVGroup, name: str) -> Numbers:
         spec = group.spec
         lead = (group.layers, self.num_blocks, group.block_tokens, spec.num_kv_heads)
-        return np.zeros((*lead, spec.dim_qk), self.dtype)
+        if name.endswith("_scale"):
+            return np.zeros(lead, np.float32)
+        return np.zeros((*lead, spec.dim_qk), self._dtype(name))
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        if self.names == kv8.NAMES:
+            return np.dtype(np.float32 if name.endswith("_scale") else np.int8)
+        return self.dtype
 
     def draw(self, rng: Random, group: KVGroup, count: int) -> Blocks:
         """Numbers of every size; signed zeros, the largest, what is not finite, subnormal ones."""
-        shape = (group.layers, count, *self._zeros(group).shape[2:])
         found = {}
-        for name in "kv":
+        for name in self.names:
+            shape = (group.layers, count, *self._zeros(group, name).shape[2:])
+            if self._dtype(name) == np.int8:
+                found[name] = rng.integers(-128, 128, shape).astype(np.int8)
+                continue
             x = rng.normal(size=shape) * 2.0 ** rng.integers(-6, 7, shape)
             x[rng.random(shape) < 0.02] = -0.0
-            top = LARGEST.get(self.target.dtype, 3.4e38)
+            dtype = self._dtype(name).name
+            top = LARGEST.get(dtype, 3.4e38)
             x[rng.random(shape) < 0.02] = top
-            for odd in (np.nan, np.inf, -np.inf, SMALLEST_NORMAL[self.target.dtype] / 4):
+            for odd in (np.nan, np.inf, -np.inf, SMALLEST_NORMAL[dtype] / 4):
                 x[rng.random(shape) < 0.005] = odd
             with np.errstate(all="ignore"):
-                found[name] = x.astype(self.dtype)
+                found[name] = x.astype(self._dtype(name))
         return found
 
     def put(self, index: int, ids: Sequence[int], blocks: Blocks) -> None:
@@ -68,7 +81,7 @@ class Cache:
             self.kv = self.attention.import_blocks(self.kv, self.groups[index], ids, held)
         for x in held.values():
             x[...] = 7  # the arrays are the caller's again
-        for name in "kv":
+        for name in self.names:
             self.content[index][name][:, list(ids)] = blocks[name]
         self.known[index][list(ids)] = True
         self.forget(index, ids)
@@ -80,7 +93,7 @@ class Cache:
         real = [(a, b) for a, b in zip(src, dst) if b]
         old = {name: x.copy() for name, x in self.content[index].items()}
         for a, b in real:
-            for name in "kv":
+            for name in self.names:
                 self.content[index][name][:, b] = old[name][:, a]
         self.forget(index, [b for _, b in real])
 
@@ -95,12 +108,15 @@ class Cache:
         group, evidence = self.groups[index], Evidence()
         with calling("export_blocks"):
             found = self.attention.export_blocks(self.kv, group, list(ids))
-        require(set(found) == {"k", "v"}, f"export_blocks gave {sorted(found)}, not k and v")
-        for name in "kv":
+        require(
+            set(found) == set(self.names),
+            f"export_blocks gave {', '.join(sorted(found))}, not {', '.join(self.names)}",
+        )
+        for name in self.names:
             got = np.asarray(found[name])
             require(
-                got.dtype == self.dtype,
-                f"export_blocks gave {name} as {got.dtype}, the cache is of {self.dtype}",
+                got.dtype == self._dtype(name),
+                f"export_blocks gave {name} as {got.dtype}, the cache is of {self._dtype(name)}",
             )
             want = self.content[index][name][:, list(ids)]
             if len(self.handed) < HANDED:
@@ -108,8 +124,9 @@ class Cache:
             if got.shape == want.shape and got.tobytes() == want.tobytes():
                 evidence.checks += got.size
                 continue
+            axes = AXES[: want.ndim]
             label = f"{what}: {name} of group {group.id}, blocks {list(ids)[:6]}"
-            evidence += require_equal(wide(got), wide(want), label, axes=AXES, nan_equal=True)
+            evidence += require_equal(wide(got), wide(want), label, axes=axes, nan_equal=True)
         return evidence
 
     def require_all(self, what: str) -> Evidence:
@@ -123,7 +140,7 @@ class Cache:
                 wide(got),
                 wide(then),
                 f"{label}, exported earlier and still held by the caller; {what}",
-                axes=AXES,
+                axes=AXES[: got.ndim],
                 nan_equal=True,
             )
         return evidence

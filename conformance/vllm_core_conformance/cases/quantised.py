@@ -1,7 +1,8 @@
 """Cases: weights and caches of few bits.
 
-Schemes that the contract defines are judged in `quantised_weights`; other names, and caches but in
-the model's dtype, are refused where they are undeclared, and fail where they are declared.
+Schemes that the contract defines are judged in `quantised_weights`, caches of 8 bits in
+`quantised_kv`; what has other names is refused where it is undeclared, and fails where it is
+declared.
 
 Knows: names of schemes in common use. Does not know: their mathematics.
 """
@@ -20,7 +21,7 @@ from vllm_core.backend import AttentionSpec, KVFormat, KVGroup
 from vllm_core.errors import NotSupported, VllmCoreError
 from vllm_core.ops import LazyArray, ParamSpec, Part
 from vllm_core_conformance.case import Case, Evidence, Failed, require
-from vllm_core_conformance.cases import quantised_weights
+from vllm_core_conformance.cases import quantised_kv, quantised_weights
 from vllm_core_conformance.cases.quantised_products import BITS, make_codes
 from vllm_core_conformance.target import Target, numpy_dtype, wide
 
@@ -30,6 +31,7 @@ ROWS, SIZE = 6, 64
 SCHEMES = ("int3", "fp8", "mxfp4", "gptq", "awq", "q4_0", "q8_0", "no such scheme")
 JUDGED = frozenset({"dense", *BITS})
 """Schemes that some case of this requirement set judges."""
+JUDGED_KV = frozenset({"int8"})
 
 
 def _tensors(scheme: str, rng: np.random.Generator) -> Mapping[str, Numbers]:
@@ -143,11 +145,11 @@ def _refused(target: Target, spec: ParamSpec, parts: list[Part], scheme: str) ->
 
 
 def declared(target: Target, seed: int) -> Evidence:
-    """What is declared beyond dense weights and plain caches has no judge in this requirement set,
-    and must not pass for right."""
+    """What is declared beyond the contract's schemes and formats has no judge in this requirement
+    set, and must not pass for right."""
     for what, names in (
         ("weight scheme", target.caps.schemes - JUDGED),
-        ("KV format", target.caps.kv_dtypes),
+        ("KV format", target.caps.kv_dtypes - JUDGED_KV),
     ):
         require(
             not names,
@@ -162,12 +164,11 @@ def declared(target: Target, seed: int) -> Evidence:
 
 
 def caches(target: Target, seed: int) -> Evidence:
-    """A cache with scales, or of another dtype, is refused, or at least keeps small integers."""
+    """A cache with scales beside another dtype than int8, or of another dtype without, is refused,
+    or at least keeps small integers."""
     rng = np.random.default_rng([seed, zlib.crc32(b"quantised.caches")])
     found = Evidence()
     for kv in (KVFormat("int8"), KVFormat("float8_e4m3fn"), KVFormat(target.dtype, scales=True)):
-        if kv.dtype in target.caps.kv_dtypes:
-            continue
         found += _cache(target, kv, rng)
     found += _cache(target, KVFormat(target.dtype), rng)
     return found
@@ -196,6 +197,11 @@ def _cache(target: Target, kv: KVFormat, rng: np.random.Generator) -> Evidence:
             f"a cache of format {kv} raised {type(error).__name__}"
             + ("" if is_plain else ", expected NotSupported: it is not declared")
         ) from error
+    require(
+        is_plain or not target.caps.kv_dtypes,
+        f"a cache of format {kv} is accepted, which is not declared: who declares int8 tells "
+        "formats apart, and refuses the others with NotSupported",
+    )
     for name, x in exact.items():
         require(
             bool((wide(got[name]) == x).all()),
@@ -213,4 +219,5 @@ CASES: tuple[Case, ...] = (
     Case("quantised.declared", "declares nothing that nobody judges", declared, _PROFILE),
     Case("quantised.caches", "refuses KV formats that it does not declare", caches, _PROFILE),
     *quantised_weights.CASES,
+    *quantised_kv.CASES,
 )

@@ -266,8 +266,13 @@ def _embed(ops: Ops, ids: Any, param: Any) -> tuple[Any, ...]:
 
 
 # ---------------------------------------------------------------- quantised at load
-DENSE = ((SIZE, ROWS, 128), (192, 70, 64), (96, 33, 32))
-"""(inputs, rows, the group that the contract asks for)."""
+DENSE = (
+    (SIZE, ROWS, None, {8: 128, 4: 64}),
+    (192, 70, None, {8: 64, 4: 64}),
+    (96, 33, None, {8: 32, 4: 32}),
+    (SIZE, 40, 32, {8: 32, 4: 32}),
+)
+"""(inputs, rows, the group that is asked for, the one that the contract wants by bits)."""
 
 
 MOST_STEPS = 1.85
@@ -278,7 +283,8 @@ def from_dense(scheme: str, target: Target, seed: int) -> Evidence:
     """What dense rows become is within what rounding to the codes of each group may change, as
     near on the whole as the contract's quantiser, and the same where codes hold the numbers."""
     rng, bench = rng_of(f"quantised.dense.{scheme}", seed), Bench(target)
-    for size, rows, group in DENSE:
+    for size, rows, asked, groups in DENSE:
+        group = groups[BITS[scheme]]
         for host in ("float32", "bfloat16"):
             dense, exact_rows = _dense(rng, BITS[scheme], size, rows, group)
             dense = dense.astype(numpy_dtype(host))
@@ -288,11 +294,13 @@ def from_dense(scheme: str, target: Target, seed: int) -> Evidence:
                 Part("dense", {"weight": w, "bias": b.astype(np.float32)}, len(w))
                 for w, b in ((dense[:cut], bias[:cut]), (dense[cut:], bias[cut:]))
             ]
-            param = target.load(ParamSpec("w", (rows, size), "linear", scheme=scheme), given)
+            spec = ParamSpec("w", (rows, size), "linear", scheme=scheme, group=asked)
+            param = target.load(spec, given)
             with calling("unload"):
                 found = target.runtime.unload(param)
             got = wide(np.asarray(found["weight"]))
             what = f"a dense {host} weight [{rows}, {size}] quantised to {scheme} at load"
+            what += f" in groups of {group}"
             _judge_quantiser(bench, got, wide(dense), scheme, group, exact_rows, what)
             _judge_product(bench, rng, param, got, wide(dense), bias, scheme, group, what)
     return bench.done()

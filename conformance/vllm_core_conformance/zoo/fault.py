@@ -32,6 +32,7 @@ MODULES = (
     "stepping",
     "weights",
     "quantised",
+    "kv8",
     "serving",
 )
 """Modules of `zoo.faults`, each with FAULTS, a tuple of `Fault`."""

@@ -24,6 +24,7 @@ from vllm_core.ops import Array, HostArray, Param
 from vllm_core_conformance.zoo.coded import ApartRuntime, TileRuntime
 from vllm_core_conformance.zoo.honest_limited import LIMITED, LIMITED_DTYPES
 from vllm_core_conformance.zoo.kernel import HostLengths, Kernel, wide
+from vllm_core_conformance.zoo.kv8 import Int8Runtime, InverseRuntime
 from vllm_core_conformance.zoo.runtime import (
     BucketRuntime,
     GraphRuntime,
@@ -214,6 +215,8 @@ HONEST: dict[str, Open] = {
     "honest_modest": ModestRuntime,
     "honest_codes": TileRuntime,
     "honest_codes_apart": ApartRuntime,
+    "honest_int8_cache": Int8Runtime,
+    "honest_int8_inverse": InverseRuntime,
     "honest_reference": reference,
     "honest_torch": torch_open,
     "honest_jax": jax_open,

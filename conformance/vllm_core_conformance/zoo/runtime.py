@@ -165,7 +165,7 @@ def leaves(tree: Any) -> list[HostArray]:
 
 
 def _poison(x: HostArray) -> None:
-    x.fill(-(2**30) if x.dtype.kind in "iu" else np.nan)
+    x.fill(np.iinfo(x.dtype).min // 2 if x.dtype.kind in "iu" else np.nan)
 
 
 class Collection:

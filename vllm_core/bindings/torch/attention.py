@@ -115,6 +115,7 @@ class TorchAttention(AttentionBackend):
         for group in groups:
             if group.spec.dim_v != group.spec.dim_qk:
                 raise NotSupported("this layout needs V heads as wide as K heads")
+            group.spec.kv.refuse_unless(str(self.dtype).removeprefix("torch."))
             if _block_elements(group) != sizes[group.pool]:
                 raise InvalidArgument("groups of one pool must have blocks of one size")
         try:

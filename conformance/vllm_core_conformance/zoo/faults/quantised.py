@@ -6,6 +6,7 @@ Knows: the mistakes. Does not know: which case finds them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -263,13 +264,19 @@ class Quantises(CodedRuntime):
         for part in parts:
             tensors: Any = dict(part.tensors)
             weight = np.asarray(tensors.pop("weight")).astype(single)
-            group = quantized.group_for(bits, weight.shape[1]) or 1
+            group = spec.group or quantized.group_for(bits, weight.shape[1]) or 1
             tensors |= self.quantised(weight, bits, group)
             changed.append(Part(spec.scheme, tensors, part.rows))
         return super().load(spec, changed)
 
     def quantised(self, weight: HostArray, bits: int, group: int) -> dict[str, HostArray]:
         return quantized.quantize(weight, bits, group)
+
+
+@runtime("a dense weight is quantised in the usual group, whichever is asked for")
+class GroupPassedOver(CodedRuntime):
+    def load(self, spec: ParamSpec, parts: Sequence[Part]) -> Param:
+        return super().load(replace(spec, group=None), parts)
 
 
 @runtime("a dense weight is quantised with one scale per row")

@@ -55,6 +55,7 @@ class OpenCLAttention(AttentionBackend):
                     f"heads of {spec.dim_qk} (K) and {spec.dim_v} (V): this backend needs both "
                     f"equal and at most {MAX_DIM}"
                 )
+            spec.kv.refuse_unless("float32")
             if group.pool not in pools:
                 size = num_blocks[group.pool] * self.block_bytes(group)
                 pools[group.pool] = self.device.alloc(size, f"{num_blocks[group.pool]} KV blocks")
