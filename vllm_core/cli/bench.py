@@ -12,6 +12,7 @@ from typing import Any
 
 import vllm_core
 from vllm_core.cli import (
+    bench_growth,
     bench_host,
     bench_latency,
     bench_memory,
@@ -21,13 +22,14 @@ from vllm_core.cli import (
 )
 from vllm_core.errors import InvalidArgument
 
-SUMMARY = "measure throughput, latency, memory, the host's own cost and the quality of weights"
+SUMMARY = "measure throughput, latency, memory, its growth, the host's own cost, quality of weights"
 
 BENCHMARKS = {
     "throughput": bench_throughput,
     "latency": bench_latency,
     "memory": bench_memory,
     "host": bench_host,
+    "growth": bench_growth,
     "quality": bench_quality,
     "transformers": bench_transformers,
 }
