@@ -13,8 +13,22 @@ from vllm_core.errors import InvalidArgument
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+KVCacheDType = Literal["auto", "int8"]
 Policy = Literal["fcfs", "priority"]
-Quantization = Literal["dense", "int8", "int4", "int8-weight-only", "int4-weight-only"]
+Quantization = Literal[
+    "dense",
+    "int8",
+    "int4",
+    "int4-g32",
+    "int4-g64",
+    "int4-g128",
+    "int8-weight-only",
+    "int4-weight-only",
+    "int4-g32-weight-only",
+    "int4-g64-weight-only",
+    "int4-g128-weight-only",
+]
+"""Bits, perhaps the largest group of inputs that share a scale, perhaps inputs as they are."""
 
 _LEAST = {
     "max_model_len": 1,
@@ -42,9 +56,13 @@ class EngineConfig:
     dtype: DType = "auto"
     load_format: LoadFormat = "auto"
     quantization: Quantization | None = None
-    """How linear layers are stored (embedding and head in 8 bits, experts dense); "dense": in the
-    model dtype; None: codes of a GGUF file stay codes where the backend multiplies such codes (in a
-    model of 32 bits with inputs as they are), else dense."""
+    """How linear layers are stored (embedding and head in 8 bits, experts dense), perhaps with the
+    largest group of inputs that share a scale (int4: 64); "dense": in the model dtype; None: codes
+    of a GGUF file stay codes where the backend multiplies such codes (in a model of 32 bits with
+    inputs as they are), else dense."""
+    kv_cache_dtype: KVCacheDType = "auto"
+    """How keys and values are kept; "auto": in the model dtype; "int8": a code of 8 bits each and a
+    scale per token and KV head, where the backend can: about half the memory of 16 bits."""
     max_model_len: int | None = None
     """Longest prompt + output of a sequence, in tokens; None: the model's own context, cut to what
     fits."""
@@ -95,6 +113,7 @@ class EngineConfig:
         for name, allowed in (
             ("quantization", (None, *get_args(Quantization))),
             ("dtype", ("auto", "float32", "bfloat16", "float16", "float64")),
+            ("kv_cache_dtype", get_args(KVCacheDType)),
             ("load_format", ("auto", "safetensors", "gguf", "dummy")),
             ("scheduling_policy", ("fcfs", "priority")),
         ):

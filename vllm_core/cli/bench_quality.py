@@ -94,6 +94,7 @@ def _scores(
         description = llm.describe()
         facts = {
             "dtype": description["model"]["dtype"],
+            "weights": description["model"]["weights"],
             "weight_bytes": dict(description["memory"])["weights"],
         }
         return _score_windows(llm, _windows(llm, text, num_tokens, window)), facts

@@ -1,6 +1,7 @@
 """Every backend: found or why not and the command that mends it, versions, devices, capabilities.
 
-A backend that finds a device is opened too, so that the verdict is more than a hope.
+A backend that finds a device is opened too, so that the verdict is more than a hope; those of the
+core are not, since that would wake drivers for nothing: what they declare is read.
 Exit code 0 when one works that does not have to be asked for by name, else 1.
 """
 
@@ -12,7 +13,7 @@ import platform
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 import vllm_core
@@ -76,10 +77,13 @@ def _inspect(manager: BackendManager, backend: Discovered) -> dict[str, Any]:
         "error": backend.error,
         "traceback": backend.traceback,
     }
-    is_own_study = facts["only_by_name"] and backend.distribution == OWN
-    if not backend.usable or is_own_study:  # the core's tests open these, at some cost
+    if not backend.usable:
         return facts
     try:
+        if backend.distribution == OWN and backend.info is not None:
+            module = import_module(backend.info.open.partition(":")[0])
+            facts["capabilities"] = _plain(module.CAPABILITIES)
+            return facts
         runtime = manager.open(Choice(backend, "to see what it declares"), OpenConfig(dtype="auto"))
         facts["capabilities"] = _plain(runtime.caps)
         runtime.close()
@@ -136,6 +140,8 @@ def _print_report(report: Mapping[str, Any], *, with_tracebacks: bool) -> None:
 
 
 def _backend_lines(backend: Mapping[str, Any]) -> list[str]:
+    from vllm_core.backend.manager import OWN
+
     origin = " ".join(filter(None, (backend["distribution"], backend["version"])))
     lines = [f"{backend['summary']} ({origin or 'unknown origin'})"]
     if backend["error"] is not None:
@@ -150,8 +156,15 @@ def _backend_lines(backend: Mapping[str, Any]) -> list[str]:
     if backend["fix"]:
         lines.append(f"to mend it: {backend['fix']}")
     if backend["capabilities"] is not None:
-        lines += _capability_lines(backend["capabilities"])
+        is_own = backend["distribution"] == OWN
+        lines += (_short_line if is_own else _capability_lines)(backend["capabilities"])
     return lines
+
+
+def _short_line(capabilities: Mapping[str, Any]) -> list[str]:
+    """What there is to choose from, of a backend that comes with the core."""
+    told = {name: capabilities[name] for name in ("dtypes", "native_schemes", "kv_dtypes")}
+    return [", ".join(f"{name} {' '.join(value) or 'none'}" for name, value in told.items())]
 
 
 def _capability_lines(capabilities: Mapping[str, Any]) -> list[str]:

@@ -47,8 +47,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization",
         metavar="SCHEME",
-        help="int8, int4, int8-weight-only, int4-weight-only, or dense (default: as the file has "
-        "it where the backend multiplies such codes, else dense)",
+        help="int8, int4, int4-g32, int4-g64, int4-g128 (inputs that share a scale at most; int4: "
+        "64), each also with -weight-only behind it, or dense (default: as the file has it where "
+        "the backend multiplies such codes, else dense)",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        help="auto (the model's dtype) or int8, which holds about twice as many tokens",
     )
     group.add_argument(
         "--max-model-len", type=int, metavar="N", help="most tokens of prompt and answer together"

@@ -177,6 +177,8 @@ class LLMEngine:
                 "layers": len(spec.layers),
                 "vocab_size": spec.vocab_size,
                 "dtype": opened.runner.runtime.dtype,
+                "weights": opened.weights,
+                "kv_cache_dtype": spec.attention_specs[0].kv.dtype,
                 "context": plan.max_model_len,
             },
             "memory": list(plan.lines),

@@ -5,10 +5,10 @@ Knows: layers, sizes, which layers share a block table. Does not know: configs, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from vllm_core.backend import AttentionSpec, KVGroup
+from vllm_core.backend import AttentionSpec, KVFormat, KVGroup
 
 NormKind = Literal["rms", "layer"]
 
@@ -88,6 +88,14 @@ class ModelSpec:
     """Row of the learned position table for position 0; None: there is no table."""
     logit_softcap: float | None = None
     logit_scale: float = 1.0
+
+    def caching(self, kv: KVFormat) -> ModelSpec:
+        """The same model with this KV format in all its layers."""
+        layers = [
+            replace(layer, attention=replace(layer.attention, kv=kv)) for layer in self.layers
+        ]
+        specs = [replace(attention, kv=kv) for attention in self.attention_specs]
+        return replace(self, layers=tuple(layers), attention_specs=tuple(specs))
 
 
 def kv_groups(spec: ModelSpec, block_tokens: int) -> tuple[KVGroup, ...]:

@@ -18,7 +18,6 @@ Knows: codes and their arithmetic. Does not know: layouts, files, which weights 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -31,8 +30,8 @@ BITS = {"int8": 8, "int4": 4, "int8-weight-only": 8, "int4-weight-only": 4}
 GROUPS = (128, 64, 32, 16)
 """Inputs that may share a scale, beside all of a row."""
 LARGEST_GROUPS = {8: 128, 4: 64}
-"""By bits, of a dense weight that is quantised where no group was asked for: smaller ones than these
-cost time and memory, and gained no perplexity that could be measured (docs/performance.md)."""
+"""By bits, of a dense weight that is quantised where no group was asked for. Smaller ones cost time
+and memory, and gained no perplexity that could be measured (docs/performance.md)."""
 TINY = 2.0**-118
 """A group whose largest magnitude is below this counts as zeros: its scale would not be normal."""
 PARTIAL_SUMS = 16
@@ -53,20 +52,6 @@ def is_weight_only(scheme: str) -> bool:
 def zero_of(bits: int) -> int:
     """The code of 0 where there are no mins."""
     return 1 << (bits - 1)
-
-
-def split_name(quantization: str) -> tuple[str, int | None]:
-    """What users ask for -> the scheme, and the largest group or None: "int4-g32-weight-only" is
-    ("int4-weight-only", 32)."""
-    group = re.search(r"-g(\d+)", quantization)
-    if group is None:
-        return quantization, None
-    return quantization.replace(group[0], ""), int(group[1])
-
-
-def join_name(scheme: str, group: int) -> str:
-    """The other way; 8 bits are named without a group."""
-    return scheme.replace("int4", f"int4-g{group}")
 
 
 def group_for(bits: int, size: int, largest: int | None = None) -> int | None:

@@ -6,6 +6,7 @@ Knows: names, shapes, transforms. Does not know: files, devices, families.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,20 +94,22 @@ class WeightRules:
             for tensor in part.tensors.values()
         )
 
-    def stored_as(self, scheme: str) -> WeightRules:
-        """The same, with what comes dense quantised: linear layers to `scheme`, embedding and head
-        to 8 bits. What no group divides stays dense."""
+    def stored_as(self, quantization: str) -> WeightRules:
+        """The same, with what comes dense quantised: linear layers as the name says (see
+        `split_name`), embedding and head to 8 bits. What no group divides stays dense."""
+        scheme, largest = split_name(quantization)
         head, wide = self.params.get("head"), scheme.replace("int4", "int8")
         done: dict[int, WeightRule] = {}
 
         def stored(rule: WeightRule) -> WeightRule:
             wanted = wide if rule is head or rule.spec.role == "embedding" else scheme
-            size = rule.spec.shape[-1]
             if wanted == "dense" or not rule.may_be_codes:
                 return rule
-            if quantized.group_for(quantized.BITS[wanted], size) is None:
+            own = largest if wanted == scheme else None
+            group = quantized.group_for(quantized.BITS[wanted], rule.spec.shape[-1], own)
+            if group is None:
                 return rule
-            return replace(rule, spec=replace(rule.spec, scheme=wanted))
+            return replace(rule, spec=replace(rule.spec, scheme=wanted, group=group))
 
         def walk(node: Any) -> Any:
             if isinstance(node, WeightRule):
@@ -116,6 +119,20 @@ class WeightRules:
             return [walk(child) for child in node]
 
         return replace(self, params=walk(self.params))
+
+
+def split_name(quantization: str) -> tuple[str, int | None]:
+    """What users ask for -> the scheme, and the largest group or None: "int4-g32-weight-only" is
+    ("int4-weight-only", 32)."""
+    group = re.search(r"-g(\d+)", quantization)
+    if group is None:
+        return quantization, None
+    return quantization.replace(group[0], ""), int(group[1])
+
+
+def join_name(scheme: str, group: int) -> str:
+    """The other way; 8 bits are named without a group."""
+    return scheme.replace("int4", f"int4-g{group}")
 
 
 def _leaves(tree: Any) -> Iterator[WeightRule]:

@@ -1,4 +1,5 @@
-"""Which parameters stay the codes that a checkpoint holds, and the bytes that all of them take.
+"""Which parameters stay the codes that a checkpoint holds, the bytes that all of them take, and how
+both are told.
 
 Knows: rules, formats of codes. Does not know: files, devices, layouts.
 """
@@ -6,11 +7,11 @@ Knows: rules, formats of codes. Does not know: files, devices, layouts.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from vllm_core.ops import quantized
-from vllm_core.weights.rules import PartRule, WeightRule, WeightRules
+from vllm_core.weights.rules import PartRule, WeightRule, WeightRules, join_name
 from vllm_core.weights.source import CodeFormat, WeightSource
 
 Kept = Mapping[str, tuple[CodeFormat, ...]]
@@ -67,17 +68,42 @@ def param_bytes(rules: WeightRules, kept: Kept, native: Collection[str], itemsiz
 def _bytes_of(
     rule: WeightRule, kept: tuple[CodeFormat, ...] | None, native: Collection[str], itemsize: int
 ) -> int:
-    scheme, size, total = rule.spec.scheme, rule.spec.shape[-1], 0
+    total = 0
     for place, part in enumerate(rule.parts):
+        form = _stored_form(rule, kept, place)
         for name, tensor in part.tensors.items():
-            form = None
-            if name == "weight" and kept is not None:
-                form = kept[place]
-            elif name == "weight" and scheme in native:
-                group = quantized.group_for(quantized.BITS[scheme], size)
-                form = CodeFormat(scheme, group or size)
-            if form is None:
-                total += math.prod(tensor.loaded_shape) * itemsize
+            if name == "weight" and form is not None and form.scheme in native:
+                total += form.num_bytes(part.rows, rule.spec.shape[-1])
             else:
-                total += form.num_bytes(part.rows, size)
+                total += math.prod(tensor.loaded_shape) * itemsize
     return total
+
+
+def _stored_form(
+    rule: WeightRule, kept: tuple[CodeFormat, ...] | None, place: int
+) -> CodeFormat | None:
+    """Of the weight of a part; None: dense."""
+    if kept is not None:
+        return kept[place]
+    if rule.spec.scheme == "dense":
+        return None
+    return CodeFormat(rule.spec.scheme, rule.spec.group or rule.spec.shape[-1])
+
+
+def scheme_names(rules: WeightRules, kept: Kept, native: Collection[str], dtype: str) -> str:
+    """How matrices are stored, in words, the most values first: "int4-g64 + int8". What is small
+    and always dense is not told."""
+    sizes: Counter[str] = Counter()
+    is_native = True
+    for rule in rules.leaves():
+        if rule.stays_dense or rule.spec.role not in ("linear", "embedding", "experts"):
+            continue
+        for place, part in enumerate(rule.parts):
+            form = _stored_form(rule, kept.get(rule.spec.name), place)
+            name = "dense" if form is None else join_name(form.scheme, form.group)
+            sizes[name] += math.prod(part.tensors["weight"].loaded_shape)
+            is_native = is_native and (form is None or form.scheme in native)
+    names = " + ".join(name for name, _ in sizes.most_common())
+    if kept:
+        return f"{names} as in the file"
+    return names if is_native else f"{names} as {dtype} numbers"

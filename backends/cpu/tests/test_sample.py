@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,29 +20,11 @@ from vllm_core.ops import Features, HostArray
 from vllm_core.ops.sampling import MAX_VOCAB
 from vllm_core.tests.ops.sampling_oracle import Row, pack
 from vllm_core.tests.ops.test_sampling import ALL, NUM_ROWS, awkward_logits, awkward_rows
-from vllm_core_cpu import native
 from vllm_core_cpu.ops import CpuOps
 
 CPU = torch.device("cpu")
 Drawn = tuple[list[int], list[int]]
 """Tokens and faults."""
-
-
-def new_ops(kernels: native.Native) -> CpuOps:
-    return CpuOps(kernels, lambda shape, dtype: torch.empty(*shape, dtype=dtype), CPU)
-
-
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16", "neon_bf16"])
-def ops(library: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
-    best = native.find(library)
-    assert isinstance(best, native.Native)
-    if request.param not in best.usable:
-        pytest.skip(f"NOT CHECKED on {request.param}: this processor or build lacks it")
-    monkeypatch.setenv("VLLM_CORE_CPU_ISA", request.param)
-    found = native.find(library)
-    assert isinstance(found, native.Native)
-    found.set_threads(1)
-    return new_ops(found)
 
 
 def draw(

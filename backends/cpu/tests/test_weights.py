@@ -101,9 +101,8 @@ def test_pieces_in_other_codes_lie_one_below_the_other(
 def test_a_model_is_quantised_in_the_group_that_was_asked_for(
     kernels: native.Native, dtype: str, group: int
 ) -> None:
-    dense, name = weight_of(65, 256, torch.float32).numpy(), f"int4-g{group}-weight-only"
-    scheme, largest = quantized.split_name(name)
-    spec = ParamSpec("w", (65, 256), "linear", scheme=scheme, group=largest)
+    dense = weight_of(65, 256, torch.float32).numpy()
+    spec = ParamSpec("w", (65, 256), "linear", scheme="int4", group=group)
     runtime = CpuRuntime(kernels, torch.device("cpu"), dtype, threads=1)
     try:
         param = runtime.load(spec, [Part("dense", {"weight": dense}, 65)])

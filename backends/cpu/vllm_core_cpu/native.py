@@ -169,6 +169,25 @@ class Rope(ctypes.Structure):
     )
 
 
+class Adjust(ctypes.Structure):
+    """Rows of logits, and what is done to them before they draw."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("bias", c_void_p),
+        ("history", c_void_p),
+        ("params", c_void_p),
+        ("positions", c_void_p),
+        ("out", c_void_p),
+        ("rows", c_int64),
+        ("size", c_int64),
+        ("params_stride", c_int64),
+        ("bias_slots", c_int64),
+        ("history_slots", c_int64),
+        ("history_length", c_int64),
+    )
+
+
 class Sample(ctypes.Structure):
     """Rows of logits that draw a token each."""
 
@@ -182,6 +201,21 @@ class Sample(ctypes.Structure):
         ("size", c_int64),
         ("params_stride", c_int64),
         ("filters", c_int32),
+    )
+
+
+class Logprobs(ctypes.Structure):
+    """Rows of logits whose log-probabilities are wanted."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("targets", c_void_p),
+        ("ids", c_void_p),
+        ("values", c_void_p),
+        ("rank", c_void_p),
+        ("rows", c_int64),
+        ("size", c_int64),
+        ("count", c_int64),
     )
 
 
@@ -199,7 +233,7 @@ class Call(ctypes.Structure):
     )
 
 
-STRUCTS = (Linear, Codes, AttendStep, Attend, Blocks, Rows, Rope, Sample, Call)
+STRUCTS = (Linear, Codes, AttendStep, Attend, Blocks, Rows, Rope, Adjust, Sample, Logprobs, Call)
 
 SIGNATURES: Mapping[str, str] = {
     "packed_bytes": "l(ill)",  # dtype, n, k
@@ -218,7 +252,9 @@ SIGNATURES: Mapping[str, str] = {
     "rope": "v(p)",  # Rope
     "add": "v(p)",  # Rows
     "largest": "v(pllpp)",  # x, rows, size, index, value
+    "adjust": "v(p)",  # Adjust
     "sample": "v(p)",  # Sample
+    "logprobs": "v(p)",  # Logprobs
     "replay": "v(pl)",  # Calls, count
 }
 """Every function, in the order of the C table: p pointer, i int32, l int64, f float, v nothing. A
@@ -282,7 +318,9 @@ class Native:
     rope: Function = field(repr=False)
     add: Function = field(repr=False)
     largest: Function = field(repr=False)
+    adjust: Function = field(repr=False)
     sample: Function = field(repr=False)
+    logprobs: Function = field(repr=False)
     replay: Function = field(repr=False)
 
     def set_threads(self, threads: int) -> None:

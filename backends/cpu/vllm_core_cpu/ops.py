@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_core.bindings.torch.ops import TorchOps
-from vllm_core.ops import Features, Param
+from vllm_core.ops import Features, Logprobs, Param
 from vllm_core.ops.interface import LayerBody
 from vllm_core.ops.sampling import adjusted
 from vllm_core_cpu import native
@@ -103,20 +103,59 @@ class CpuOps(TorchOps):
     ) -> tuple[Tensor, Tensor]:
         if logits.numel() == 0:
             return super().sample(logits, params, positions, history, bias, features)
-        x = adjusted(self, logits, params, positions, history, bias, features).contiguous()
+        params, positions = params.contiguous(), positions.contiguous()
+        x = self._adjusted(logits, params, positions, history, bias, features)
         rows, size = x.shape
         token, fault = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
         if not features.draw:
             best = torch.empty(rows)
             self.kernels.largest(x.data_ptr(), rows, size, token.data_ptr(), best.data_ptr())
             return token, (~torch.isfinite(best)).to(torch.int32)
-        params, positions = params.contiguous(), positions.contiguous()
         record = native.Sample(
             x.data_ptr(), params.data_ptr(), positions.data_ptr(), token.data_ptr(),
             fault.data_ptr(), rows, size, params.shape[1], features.filters,
         )  # fmt: skip
         self.kernels.sample(addressof(record))
         return token, fault
+
+    def _adjusted(
+        self,
+        logits: Tensor,
+        params: Tensor,
+        positions: Tensor,
+        history: Tensor,
+        bias: Tensor,
+        features: Features,
+    ) -> Tensor:
+        """sampling.adjusted, dense; params and positions are."""
+        x: Tensor = adjusted(self, logits, params, positions, history, bias, Features())
+        x = x.contiguous()
+        if not (features.bias or features.penalties):
+            return x
+        out = self.empty(x.shape, x.dtype)
+        history, bias = history.contiguous(), bias.contiguous()
+        record = native.Adjust(
+            x.data_ptr(), bias.data_ptr() if features.bias else None,
+            history.data_ptr() if features.penalties else None,
+            params.data_ptr(), positions.data_ptr(), out.data_ptr(), *x.shape, params.shape[1],
+            len(bias), *history.shape,
+        )  # fmt: skip
+        self.kernels.adjust(addressof(record))
+        return out
+
+    def logprobs(self, logits: Tensor, targets: Tensor, count: int) -> Logprobs:
+        rows, size = logits.shape
+        if logits.numel() == 0 or count > size:
+            return super().logprobs(logits, targets, count)
+        x, targets = logits.float().contiguous(), targets.to(torch.int32).contiguous()
+        ids = torch.empty(rows, 1 + count, dtype=torch.int32)
+        values, rank = torch.empty(rows, 1 + count), torch.empty(rows, dtype=torch.int32)
+        record = native.Logprobs(
+            x.data_ptr(), targets.data_ptr(), ids.data_ptr(), values.data_ptr(), rank.data_ptr(),
+            rows, size, count,
+        )  # fmt: skip
+        self.kernels.logprobs(addressof(record))
+        return Logprobs(ids, values, rank)
 
     # ---- rows
     def _fill(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -71,13 +71,32 @@ class JaxAttention(AttentionBackend):
         return (16, 32, 8, 4, 2, 1, 64, 128)
 
     def block_bytes(self, group: KVGroup) -> int:
-        return math.prod(_shape(group)) * _dtype(group).itemsize
+        return math.prod(self.block_shape(group)) * _dtype(group).itemsize
+
+    def block_shape(self, group: KVGroup) -> tuple[int, ...]:
+        """Of one block of a pool, over all layers of the group."""
+        spec = group.spec
+        return (group.layers, 2, group.block_tokens, spec.num_kv_heads, spec.dim_qk)
+
+    def storage(self, group: KVGroup) -> np.dtype[Any]:
+        """What the array on the device is made of."""
+        dtype = _dtype(group)
+        return np.dtype(np.uint16) if dtype.itemsize == 2 else dtype
+
+    def pack(self, group: KVGroup, arrays: dict[str, HostArray]) -> HostArray:
+        """{k, v} [L, n, BT, Hkv, D] -> [n, *block_shape], in the group's dtype."""
+        return np.stack([np.moveaxis(arrays[name], 0, 1) for name in "kv"], 2)
+
+    def unpack(self, group: KVGroup, blocks: HostArray) -> dict[str, HostArray]:
+        """The way back."""
+        blocks = np.moveaxis(blocks, 1, 0)
+        return {"k": blocks[:, :, 0].copy(), "v": blocks[:, :, 1].copy()}
 
     def alloc(self, groups: Sequence[KVGroup], num_blocks: dict[int, int]) -> KV:
         shapes: dict[int, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         for group in groups:
-            _check(group.spec)
-            found = (num_blocks[group.pool], *_shape(group)), _storage(group)
+            check(group.spec)
+            found = (num_blocks[group.pool], *self.block_shape(group)), self.storage(group)
             if shapes.setdefault(group.pool, found) != found:
                 raise NotSupported(
                     f"KV groups of one pool need one shape here: {shapes[group.pool]} and {found}"
@@ -90,21 +109,20 @@ class JaxAttention(AttentionBackend):
         return tuple(pools)
 
     def layout_fingerprint(self, group: KVGroup) -> str:
-        return f"block-layer-kv-token-head-dim {_shape(group)} {_dtype(group)}"
+        return f"block-layer-kv-token-head-dim {self.block_shape(group)} {_dtype(group)}"
 
     def export_blocks(self, kv: KV, group: KVGroup, ids: Sequence[int]) -> dict[str, HostArray]:
         blocks = np.array(_take(kv[group.pool], _padded(ids)))[: len(ids)]
-        blocks = np.moveaxis(blocks.view(_dtype(group)), 1, 0)
-        return {"k": blocks[:, :, 0].copy(), "v": blocks[:, :, 1].copy()}
+        return self.unpack(group, blocks.view(_dtype(group)))
 
     def import_blocks(
         self, kv: KV, group: KVGroup, ids: Sequence[int], arrays: dict[str, HostArray]
     ) -> KV:
         padded = _padded(ids)
-        blocks = np.zeros((len(padded), *_shape(group)), _dtype(group))
-        for which, name in enumerate(("k", "v")):
-            blocks[: len(ids), :, which] = np.moveaxis(arrays[name], 0, 1)
-        return _replaced(kv, group, _place(kv[group.pool], padded, blocks.view(_storage(group))))
+        blocks = np.zeros((len(padded), *self.block_shape(group)), _dtype(group))
+        blocks[: len(ids)] = self.pack(group, arrays)
+        blocks = blocks.view(self.storage(group))
+        return _replaced(kv, group, _place(kv[group.pool], padded, blocks))
 
     def copy_blocks(self, kv: KV, group: KVGroup, src: Array, dst: Array) -> KV:
         return _replaced(kv, group, _copy(kv[group.pool], src, dst))
@@ -120,7 +138,7 @@ class JaxAttention(AttentionBackend):
         groups: tuple[KVGroup, ...],
     ) -> tuple[AttentionPlan, ...]:
         def plan_of(spec: AttentionSpec) -> AttentionPlan:
-            _check(spec)
+            check(spec)
             group = groups[spec.group]
             tiling = Tiling(
                 _queries_per_tile(key.tokens, key.rows), max(1, _CHUNK_TOKENS // group.block_tokens)
@@ -290,7 +308,8 @@ def _with_sink(top: Array, total: Array, out: Array, sink: Array) -> tuple[Array
 
 
 # ---------------------------------------------------------------- the cache
-def _check(spec: AttentionSpec) -> None:
+def check(spec: AttentionSpec) -> None:
+    """NotSupported for what no attention of this binding does."""
     if spec.dim_v != spec.dim_qk:
         raise NotSupported("this layout needs V heads as wide as K heads")
     reserved = {
@@ -305,18 +324,8 @@ def _check(spec: AttentionSpec) -> None:
             raise NotSupported(f"the jax binding has no attention with {what}")
 
 
-def _shape(group: KVGroup) -> tuple[int, ...]:
-    return (group.layers, 2, group.block_tokens, group.spec.num_kv_heads, group.spec.dim_qk)
-
-
 def _dtype(group: KVGroup) -> np.dtype[Any]:
     return jnp.dtype(group.spec.kv.dtype)
-
-
-def _storage(group: KVGroup) -> np.dtype[Any]:
-    """What the array on the device is made of."""
-    dtype = _dtype(group)
-    return np.dtype(np.uint16) if dtype.itemsize == 2 else dtype
 
 
 def _replaced(kv: KV, group: KVGroup, cache: Array) -> KV:

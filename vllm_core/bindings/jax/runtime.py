@@ -77,18 +77,22 @@ class OnItsWay:
         return jax.tree_util.tree_map(np.array, self._value)
 
 
+CAPABILITIES = Capabilities(
+    dtypes=frozenset(("float32", "bfloat16", "float16")),
+    default_dtype="bfloat16",
+    schemes=SCHEMES,
+    static_shapes=True,
+)
+"""Before a device is known."""
+
+
 class JaxRuntime(Runtime):
     """One device. What is made here is uncommitted: first and later calls look alike to jit."""
 
     def __init__(self, device: jax.Device, dtype: str, checkpoint_dtype: str | None = None) -> None:
         is_host = device.platform == "cpu"
-        self.caps = Capabilities(
-            dtypes=frozenset(("float32", "bfloat16", "float16")),
-            default_dtype="float32" if is_host else "bfloat16",
-            schemes=SCHEMES,
-            static_shapes=True,
-            shares_host_memory=is_host,
-        )
+        default = "float32" if is_host else "bfloat16"
+        self.caps = replace(CAPABILITIES, default_dtype=default, shares_host_memory=is_host)
         self.dtype = self.caps.choose_dtype(dtype, checkpoint_dtype)
         self.ops = JaxOps(device)
         self.attention = JaxAttention(device)

@@ -42,6 +42,15 @@ def test_dense_rows_become_what_their_codes_are_worth(binding: str, scheme: str)
 
 
 @pytest.mark.parametrize("binding", BINDINGS)
+def test_dense_rows_are_quantised_in_the_group_that_is_asked_for(binding: str) -> None:
+    w = dense()
+    spec = ParamSpec("w", (ROWS, SIZE), "linear", scheme="int4", group=32)
+    found = unloaded(open_binding(binding), spec, [Part("dense", {"weight": w}, ROWS)])["weight"]
+    assert (found == quantized.dequantize(quantized.quantize(w, 4, 32), 4)).all()
+    assert (found != quantized.dequantize(quantized.quantize(w, 4, 64), 4)).any()
+
+
+@pytest.mark.parametrize("binding", BINDINGS)
 def test_parts_of_several_schemes_join_in_their_order(binding: str) -> None:
     runtime = open_binding(binding, "float32")
     w = dense()

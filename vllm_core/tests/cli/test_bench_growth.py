@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from vllm_core.tests.cli.tiny_model import write_tiny_model
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LONGEST_PROMPT", "LONGEST_ANSWER", "PREFIX_LEN"):
         monkeypatch.setattr(bench_growth, name, 6)
+    monkeypatch.setattr(bench_growth, "POINTS", 4)
 
 
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], num_requests: int) -> dict[str, object]:
@@ -40,17 +42,18 @@ def test_every_request_ends_and_memory_is_read_as_they_go(
     readings = report["readings"]
     assert isinstance(readings, list) and len(readings) == bench_growth.POINTS
     assert readings[-1]["requests"] == 40 and readings[0]["bytes"] > 1 << 20
-    assert report["growth_bytes"] == readings[-1]["bytes"] - readings[4]["bytes"]
+    assert report["growth_bytes"] == readings[-1]["bytes"] - readings[0]["bytes"]
 
 
 def test_what_stays_behind_each_reading_is_seen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[bytes] = []
+    kept: list[mmap.mmap] = []
     plain = bench_growth._params
 
     def leaking(*args: object) -> object:
-        kept.append(b"x" * (1 << 20))
+        kept.append(mmap.mmap(-1, 1 << 20))  # memory that nobody had before
+        kept[-1].write(b"x" * (1 << 20))
         return plain(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(bench_growth, "_params", leaking)

@@ -34,6 +34,7 @@ def test_each_scheme_is_scored_beside_float32(
     assert report["num_tokens"] == 100 - 3  # windows of 40, 40 and 20
     first, dense, eight, four = report["results"]
     assert first["ratio"] == dense["ratio"] == 1 and dense["mean_difference"] == 0
+    assert "int4-g64-weight-only" in four["weights"] and dense["weights"] == "dense"
     assert 0 < eight["mean_difference"] < four["mean_difference"] / 4
     assert first["perplexity"] > 10 and len(captured.err.splitlines()) >= 4
 

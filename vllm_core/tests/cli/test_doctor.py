@@ -157,6 +157,15 @@ def test_a_backend_without_a_device_tells_why_and_what_to_do(tmp_path: Path) -> 
     assert "to mend it: buy a card" in text
 
 
+def test_backends_of_the_core_say_what_there_is_to_choose_in_one_line(tmp_path: Path) -> None:
+    lines = run_command("doctor", extra_path=tmp_path).stdout.splitlines()
+    (at,) = [place for place, line in enumerate(lines) if line.startswith("reference")]
+    facts = [line.strip() for line in lines[at : at + 4]]
+    assert "dtypes float32 float64, native_schemes none, kv_dtypes none" in facts
+    code, report = doctor(tmp_path)
+    assert "int4" in row(report, "reference")["capabilities"]["schemes"] and code == 0
+
+
 def test_without_any_framework_it_still_works_and_says_what_to_install(tmp_path: Path) -> None:
     code, report = doctor(tmp_path, before=NO_FRAMEWORK)
     assert code == 1

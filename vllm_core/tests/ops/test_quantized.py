@@ -120,23 +120,6 @@ def test_the_group_of_4_bits_is_64_where_none_is_asked_for() -> None:
     assert [quantized.group_for(4, size) for size in (896, 192, 96)] == [64, 64, 32]
 
 
-@pytest.mark.parametrize(
-    ("name", "scheme", "largest", "joined"),
-    [
-        ("int4-g32", "int4", 32, "int4-g32"),
-        ("int4-g128-weight-only", "int4-weight-only", 128, "int4-g128-weight-only"),
-        ("int4-weight-only", "int4-weight-only", None, "int4-g64-weight-only"),
-        ("int8-weight-only", "int8-weight-only", None, "int8-weight-only"),
-        ("dense", "dense", None, "dense"),
-    ],
-)
-def test_a_name_is_a_scheme_and_perhaps_a_group(
-    name: str, scheme: str, largest: int | None, joined: str
-) -> None:
-    assert quantized.split_name(name) == (scheme, largest)
-    assert quantized.join_name(scheme, largest or 64) == joined
-
-
 @pytest.mark.parametrize(("size", "group"), [(128, 48), (100, 32), (48, 16), (64, 0), (64, 8)])
 def test_other_groups_are_refused(size: int, group: int) -> None:
     with pytest.raises(InvalidArgument, match="inputs"):

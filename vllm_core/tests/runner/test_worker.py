@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from vllm_core.backend import KVFormat
+from vllm_core.backend import INT8_KV, KVFormat
 from vllm_core.bindings.numpy import NumpyRuntime
 from vllm_core.errors import NotSupported
+from vllm_core.models.spec import kv_groups
 from vllm_core.ops.sampling import MAX_VOCAB
-from vllm_core.runner.worker import check_schemes, check_supported
+from vllm_core.runner.worker import check_schemes, check_supported, kv_format
 from vllm_core.tests.engine.tiny import make_spec
 from vllm_core.tests.weights.test_loader import rules_of
 from vllm_core.weights.rules import WeightRules
@@ -31,7 +32,11 @@ SPEC = make_spec("float32", (None,))
         ({"alibi": True}, {}, "ALiBi"),
         ({"source": 0}, {}, "another layer's cache"),
         ({"writes_kv": False}, {}, "write no cache"),
-        ({"kv": KVFormat("float32", scales=True)}, {}, "quantised or latent caches"),
+        ({"kv": KVFormat("float32", scales=True)}, {}, "a KV cache of float32 with scales"),
+        ({"kv": KVFormat("float32", v_in_k=True)}, {}, "a KV cache of float32 with V in K"),
+        ({"kv": INT8_KV}, {}, "a KV cache of int8 with scales"),
+        ({"kv": KVFormat("int8")}, {"kv_dtypes": {"int8"}}, "a KV cache of int8,"),
+        ({"kv": KVFormat("bfloat16")}, {"kv_dtypes": {"int8"}}, "a KV cache of bfloat16"),
     ],
 )
 def test_what_the_backend_does_not_declare_is_refused_with_advice(
@@ -43,6 +48,22 @@ def test_what_the_backend_does_not_declare_is_refused_with_advice(
     spec = replace(SPEC, attention_specs=(replace(SPEC.attention_specs[0], **attention),))
     with pytest.raises(NotSupported, match=f"needs .*{what}.*choose another backend"):
         check_supported(spec, runtime)
+
+
+def test_a_declared_cache_of_8_bits_is_taken() -> None:
+    runtime = NumpyRuntime()
+    runtime.caps = replace(runtime.caps, kv_dtypes=frozenset({"int8"}))
+    assert kv_format("auto", runtime) == KVFormat("float32")
+    spec = SPEC.caching(kv_format("int8", runtime))
+    check_supported(spec, runtime)
+    assert {a.kv for a in spec.attention_specs} == {INT8_KV}
+    assert all(layer.attention in spec.attention_specs for layer in spec.layers)
+    assert {group.spec.kv for group in kv_groups(spec, 16)} == {INT8_KV}
+
+
+def test_an_undeclared_kv_cache_dtype_is_refused_by_its_option() -> None:
+    with pytest.raises(NotSupported, match=r"kv_cache_dtype int8 .*: auto; leave it at auto"):
+        kv_format("int8", NumpyRuntime())
 
 
 def test_a_vocabulary_beyond_the_exact_sums_is_refused() -> None:

@@ -3,7 +3,8 @@
 //
 // Each byte of K and V is read once for all query heads that share it, however many. A cache in codes
 // is met as the numbers that the codes are: scores are multiplied by the scales of K, and weights, as
-// they meet V, by those of V.
+// they meet V, by those of V. Where scales are alike, and scores too, such weights are all rounded to
+// bfloat16 the same way; so what a tile adds to a row is put right by what its weights in sum are off.
 //
 // A unit of work is some queries of one row and one KV head. All units are laid end to end, weighed
 // by the keys they meet, and cut into equal shares of the threads; a unit that is cut leaves partial
@@ -71,7 +72,7 @@ struct Part {
 
 template <class T>
 struct Scratch {
-  Room<float> sums, scores, shrink, left;
+  Room<float> sums, scores, shrink, grow, left;
   Room<T> weights, odd, wide;
   Room<const T*> queries;
   Room<Part> parts;
@@ -89,6 +90,7 @@ struct Step {
   const vc::Attend& a;
   Cache<T, S> cache;
   int64_t per_kv, width, query_tile;
+  static constexpr bool IS_LEANING = IS_CODED<S> && sizeof(T) == 2;  // weights with scales, rounded
 
   explicit Step(const vc::Attend& args)
       : a(args), cache(cache_of<T, S>(args)), per_kv(args.q_heads / args.kv_heads), width(padded(args.dim_v)) {
@@ -137,7 +139,8 @@ struct Step {
   // The tiles [from, to) of a unit, onto `sums`.
   void meet(const Unit& u, int64_t from, int64_t to, const Sums& sums, Scratch<T>& room) const {
     const int64_t rows = u.queries * per_kv, k_size = key_size<T>(a.dim, LANES), v_size = value_size(a.dim_v, LANES);
-    room.scores.fit(rows * KEYS), room.shrink.fit(rows), room.weights.fit(rows * KEYS), room.queries.fit(rows);
+    room.scores.fit(rows * KEYS), room.weights.fit(rows * KEYS), room.queries.fit(rows);
+    room.shrink.fit(rows), room.grow.fit(rows);
     point_at_queries(u, room);
     Tile<S> here = tile_of(u, u.first + from * KEYS), ahead{};
     for (int64_t tile = from; tile < to; tile++, here = ahead) {
@@ -179,7 +182,7 @@ struct Step {
     for (int64_t r = 0; r < rows; r += MEET_ROWS, values.ahead = nullptr) {
       int count = static_cast<int>(rows - r < MEET_ROWS ? rows - r : MEET_ROWS);
       VC_BY_ROWS(count, (weigh_rows<T, V, R>(room.weights.data + r * KEYS, whole, values, width, room.shrink.data + r,
-                                             sums.out + r * width)));
+                                             room.grow.data + r, sums.out + r * width)));
     }
     if constexpr (!IS_CODED<S>)
       if (whole < size) add_last(whole, rows, values.here, room.weights.data, sums.out);
@@ -251,7 +254,7 @@ struct Step {
   // was summed shrinks when the base rises.
   void weights(const Unit& u, const Tile<S>& tile, const Sums& sums, const Scratch<T>& room) const {
     const float* scores = room.scores.data;
-    float* shrink = room.shrink.data;
+    float *shrink = room.shrink.data, *grow = room.grow.data;
     const IVec ids = lane_ids();
     const float scale = a.scale * LOG2_E;
     for (int64_t t = 0, r = 0; t < u.queries; t++) {
@@ -273,22 +276,27 @@ struct Step {
         Vec top = s[0];
         for (int v = 1; v < KEYS / W; v++) top = vmax(top, s[v]);
         const float before = sums.top[r];
-        shrink[r] = 1.0f;
+        shrink[r] = grow[r] = 1.0f;
         if (any(top > before + RISE)) {
           const float now = largest(top);
           shrink[r] = before == NEVER ? 0.0f : std::exp2(before - now);
           sums.top[r] = now;
         }
         const float base = sums.top[r] == NEVER ? 0.0f : sums.top[r];
-        Vec total{};
+        Vec total{}, exact{}, rounded{};
         for (int v = 0; v < KEYS / W; v++) {
           Vec e = vexp2(s[v] - base);
           total += e;
           // a scale that is nobody's may be NaN
           if constexpr (IS_CODED<S>) e = s[v] == NEVER ? Vec{} : e * tile.scales(tile.v_scales, v);
           store(room.weights.data + r * KEYS + v * W, e);
+          if constexpr (IS_LEANING) exact += e, rounded += load(room.weights.data + r * KEYS + v * W);
         }
         store(sums.total + r * W, load(sums.total + r * W) * shrink[r] + total);
+        if constexpr (IS_LEANING) {  // none where all scales are 0
+          const float met = sum(rounded);
+          if (met > 0) grow[r] = sum(exact) / met, shrink[r] /= grow[r];
+        }
       }
     }
   }

@@ -1,7 +1,9 @@
 // The kernels for one instruction set: compiled once for each, with VC_ISA its name.
+#include "adjust.h"
 #include "attention.h"
 #include "kernels.h"
 #include "linear.h"
+#include "logprobs.h"
 #include "quantized.h"
 #include "rows.h"
 #include "sample.h"
@@ -130,6 +132,7 @@ void replay(const vc::Call* calls, int64_t count) {
 extern const vc::Kernels kernels;
 const vc::Kernels kernels = {VC_TEXT(VC_ISA), packed_bytes, pack_any, packed_code_bytes, quantize_any, pack_codes_any,
                              unpack_rows, linear_any, attend_any, kv_head_size, move_blocks_any, rms_norm_any, layer_norm_any,
-                             gate_any, rope_any, add_any, largest_of_rows, sample, replay};
+                             gate_any, rope_any, add_any, largest_of_rows, adjust,
+                             sample, logprobs, replay};
 
 }  // namespace VC_ISA

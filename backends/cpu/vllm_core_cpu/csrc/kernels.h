@@ -98,9 +98,21 @@ struct Rope {
   int32_t dtype;
 };
 
-// Columns of Sample::params that the draw reads (vllm_core/ops/step.py); floats lie there by their bits.
+// Columns of params (vllm_core/ops/step.py); floats lie there by their bits.
 enum Column : int32_t {
-  TEMPERATURE = 0, TOP_K = 1, TOP_P = 2, MIN_P_GAP = 3, SEED_LOW = 7, SEED_HIGH = 8, SEQUENCE_INDEX = 9
+  TEMPERATURE = 0, TOP_K = 1, TOP_P = 2, MIN_P_GAP = 3, PRESENCE = 4, FREQUENCY = 5, REPETITION = 6, SEED_LOW = 7,
+  SEED_HIGH = 8, SEQUENCE_INDEX = 9, PROMPT_LEN = 10, HISTORY_SLOT = 11, BIAS_SLOT = 12, HELD_UNTIL = 13, HELD_IDS = 14
+};
+
+// Rows of logits, and what is done to them before they draw.
+struct Adjust {
+  const float* x;            // [rows, size]
+  const float* bias;         // [bias_slots, size], or null: no row has a bias or held ids
+  const int32_t* history;    // [history_slots, history_length], or null: no row has penalties
+  const int32_t* params;     // [rows][params_stride], held ids to the end
+  const int32_t* positions;  // [rows] of the token that is drawn
+  float* out;                // [rows, size]
+  int64_t rows, size, params_stride, bias_slots, history_slots, history_length;
 };
 
 // Rows of logits that draw a token each; bias and penalties are in them.
@@ -112,6 +124,16 @@ struct Sample {
   int32_t* fault;            // [rows] 1: NaN, or nothing finite
   int64_t rows, size, params_stride;
   int32_t filters;  // 0: no row has top-k, top-p or min-p
+};
+
+// Rows of logits whose log-probabilities are wanted: of a target each, and of the `count` most likely.
+struct Logprobs {
+  const float* x;          // [rows, size]
+  const int32_t* targets;  // [rows]
+  int32_t* ids;            // [rows, 1 + count] the target first
+  float* values;           // [rows, 1 + count]
+  int32_t* rank;           // [rows] of the target, from 1
+  int64_t rows, size, count;
 };
 
 enum Kind : int32_t { LINEAR = 0, ATTEND = 1, RMS_NORM = 2, LAYER_NORM = 3, GATE = 4, ROPE = 5, ADD = 6 };
@@ -146,7 +168,9 @@ struct Kernels {
   void (*add)(const Rows* rows);  // out = x + residual, or x alone
   // of rows of float32 [rows][size]: the largest, NaN if one is NaN, and where the first such stands
   void (*largest)(const float* x, int64_t rows, int64_t size, int32_t* index, float* value);
+  void (*adjust)(const Adjust* rows);
   void (*sample)(const Sample* rows);
+  void (*logprobs)(const Logprobs* rows);
   void (*replay)(const Call* calls, int64_t count);
 };
 

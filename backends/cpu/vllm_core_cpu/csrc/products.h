@@ -88,10 +88,11 @@ void score_rows(const T* const* q, int64_t steps, Groups<S> keys, float* scores)
   for (int g = 0; g < GROUPS; g += SCORE_GROUPS) score_groups<T, S, ROWS, SCORE_GROUPS>(q, steps, keys, g, scores);
 }
 
-// out[r] = out[r] * shrink[r] + p[r] . values, over `count` tokens (a multiple of N), columns from `first` on.
+// out[r] = (out[r] * shrink[r] + p[r] . values) * grow[r], over `count` tokens (a multiple of N), columns
+// from `first` on.
 template <class T, class S, int ROWS, int VECS>
 VC_INLINE void weigh_columns(const T* p, int count, Groups<S> values, int64_t stride, int64_t first,
-                             const float* shrink, float* out) {
+                             const float* shrink, const float* grow, float* out) {
   constexpr int N = Pairs<T>::N;
   Vec sums[ROWS][VECS];
   for (int r = 0; r < ROWS; r++)
@@ -108,16 +109,17 @@ VC_INLINE void weigh_columns(const T* p, int count, Groups<S> values, int64_t st
     }
   }
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < VECS; v++) store(out + r * stride + first + v * W, sums[r][v]);
+    for (int v = 0; v < VECS; v++) store(out + r * stride + first + v * W, sums[r][v] * grow[r]);
 }
 
 template <class T, class S, int ROWS>
-void weigh_rows(const T* p, int count, Groups<S> values, int64_t stride, const float* shrink, float* out) {
+void weigh_rows(const T* p, int count, Groups<S> values, int64_t stride, const float* shrink, const float* grow,
+                float* out) {
   constexpr int WIDE = MEET_ROWS == 6 ? 4 : 2;
   int64_t d = 0;
   for (; d + WIDE * W <= stride; d += WIDE * W)
-    weigh_columns<T, S, ROWS, WIDE>(p, count, values, stride, d, shrink, out);
-  for (; d < stride; d += W) weigh_columns<T, S, ROWS, 1>(p, count, values, stride, d, shrink, out);
+    weigh_columns<T, S, ROWS, WIDE>(p, count, values, stride, d, shrink, grow, out);
+  for (; d < stride; d += W) weigh_columns<T, S, ROWS, 1>(p, count, values, stride, d, shrink, grow, out);
 }
 
 #define VC_BY_ROWS(rows, call)                    \

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "linear.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -20,14 +21,14 @@ VC_INLINE Vec as_kept(Vec x, const bf16*) {
 }
 
 inline void largest_of_row(const float* x, int64_t size, int32_t* index, float* value) {
-  Vec top = set(-INFINITY), wrong{};
-  IVec where{}, ids = lane_ids();
+  Vec top = set(-INFINITY);
+  IVec where{}, wrong{}, ids = lane_ids();
   int64_t at = 0;
   for (; at + W <= size; at += W, ids += W) {
     const Vec y = load(x + at);
     const auto higher = y > top;
     top = higher ? y : top, where = higher ? ids : where;
-    wrong += y * 0.0f;  // NaN where a number is NaN or infinite
+    wrong |= y != y;
   }
   float best = -INFINITY;
   int64_t place = 0;
@@ -35,9 +36,9 @@ inline void largest_of_row(const float* x, int64_t size, int32_t* index, float* 
     if (top[lane] > best || (top[lane] == best && where[lane] < place)) best = top[lane], place = where[lane];
   for (; at < size; at++) {
     if (x[at] > best) best = x[at], place = at;
-    if (x[at] != x[at]) wrong[0] = x[at];
+    wrong[0] |= x[at] != x[at];
   }
-  if (sum(wrong) != 0)  // false for 0 alone
+  if (any(wrong))
     for (int64_t i = 0; i < size; i++)
       if (x[i] != x[i]) {
         best = x[i], place = i;

@@ -72,6 +72,10 @@ VC_INLINE float number_of(uint32_t key) {
   std::memcpy(&out, &bits, 4);
   return out;
 }
+// An index within [0, count).
+VC_INLINE int64_t clamped(int64_t index, int64_t count) {
+  return index < 0 ? 0 : index < count ? index : count - 1;
+}
 VC_INLINE float as_float(int32_t bits) {
   float out;
   std::memcpy(&out, &bits, 4);
@@ -142,9 +146,9 @@ VC_INLINE int64_t block_size(int64_t block, int64_t size) {
   return size - block * BLOCK < BLOCK ? size - block * BLOCK : BLOCK;
 }
 
-// The largest of each block; false where a number is NaN or infinite.
+// The largest of each block; false where a number is NaN.
 inline bool find_tops(const float* x, int64_t size, float* tops) {
-  Vec wrong{};
+  IVec wrong{};
   for (int64_t b = 0; b < blocks_of(size); b++) {
     const float* from = x + b * BLOCK;
     const int64_t count = block_size(b, size);
@@ -152,12 +156,12 @@ inline bool find_tops(const float* x, int64_t size, float* tops) {
     int64_t at = 0;
     for (; at + W <= count; at += W) {
       const Vec y = load(from + at);
-      top = vmax(y, top), wrong += y * 0.0f;
+      top = vmax(y, top), wrong |= y != y;
     }
     tops[b] = largest(top);
-    for (; at < count; at++) tops[b] = from[at] > tops[b] ? from[at] : tops[b], wrong[0] += from[at] * 0.0f;
+    for (; at < count; at++) tops[b] = from[at] > tops[b] ? from[at] : tops[b], wrong[0] |= from[at] != from[at];
   }
-  return sum(wrong) == 0;
+  return !any(wrong);
 }
 
 VC_INLINE UVec near_weights(Vec x, Scale s, float limit) {
