@@ -21,8 +21,13 @@ nox.options.sessions = ["lint", "types", "tests", "kernels"]
 ROOT = Path(__file__).parent
 TREE = ("-e", ".", "-e", "backends/cpu")
 TESTED_TREE = ("-e", ".[test]", "-e", "backends/cpu", "-e", "conformance")
-DISTRIBUTIONS = (".", "backends/cpu", "conformance")
-JUDGED = {"reference": (), "cpu": ("-e", "backends/cpu", "torch"), "jax": ("jax",)}
+DISTRIBUTIONS = (".", "backends/cpu", "backends/tpu", "conformance")
+JUDGED = {
+    "reference": (),
+    "cpu": ("-e", "backends/cpu", "torch"),
+    "jax": ("jax",),
+    "tpu": ("-e", "backends/tpu"),
+}
 """Backend -> what it needs beside the core and the suite."""
 MATRIX = ROOT / ".github" / "conformance.json"
 """Every backend that the support matrix names, whether or not there is a runner for it."""
@@ -62,11 +67,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def kernels(session: nox.Session) -> None:
-    """The CPU backend's kernels on every instruction set of this machine; old x86 and Arm under
-    qemu where it is: apt-get install g++-aarch64-linux-gnu qemu-user-static."""
-    install(session, *TESTED_TREE, "torch")
+    """The CPU backend's kernels on every instruction set of this machine (old x86 and Arm under
+    qemu where it is: apt-get install g++-aarch64-linux-gnu qemu-user-static), the TPU's in jax's
+    interpreter."""
+    install(session, *TESTED_TREE, "-e", "backends/tpu", "torch")
     environment = {"OMP_NUM_THREADS": "1"}
-    what = session.posargs or ["backends/cpu/tests"]
+    what = session.posargs or ["backends/cpu/tests", "backends/tpu/tests"]
     session.run("pytest", "-n", "2", "-r", "s", *what, env=environment)
 
 
@@ -76,7 +82,9 @@ def lint(session: nox.Session) -> None:
     install(session, "ruff", "import-linter")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    path = ":".join(str(ROOT / place) for place in (".", "backends/cpu", "conformance"))
+    path = ":".join(
+        str(ROOT / place) for place in (".", "backends/cpu", "backends/tpu", "conformance")
+    )
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": path})
 
 
@@ -109,7 +117,7 @@ def smoke(session: nox.Session) -> None:
         what = ("--backend", backend, "--profile", "smoke", "--jobs", "2")
         output = ("--output", str(REPORTS / f"smoke-{backend}"))
         # compiling each program in three dtypes would take minutes
-        dtype = ("--dtype", "float32") if backend == "jax" else ()
+        dtype = ("--dtype", "float32") if backend in ("jax", "tpu") else ()
         session.run("vllm-core", "conformance", "run", *what, *output, *dtype, *session.posargs)
 
 
