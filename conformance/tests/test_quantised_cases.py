@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_core.backend import OpenConfig
+from vllm_core.backend import KVFormat, OpenConfig
 from vllm_core.bindings.numpy import NumpyAttention, NumpyRuntime
 from vllm_core.errors import NotSupported
 from vllm_core.ops import ParamSpec, Part, quantized
@@ -76,6 +76,21 @@ class Rounds(NumpyRuntime):
         self.attention = Attention(dtype)
 
 
+class TakesFormats(NumpyRuntime):
+    """Its cache is of its own dtype, whatever is asked: small integers come back right."""
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__(dtype)
+
+        class Attention(NumpyAttention):
+            def alloc(self, groups: Any, num_blocks: Any) -> Any:
+                own = KVFormat(dtype)
+                blind = [replace(g, spec=replace(g.spec, kv=own)) for g in groups]
+                return super().alloc(blind, num_blocks)
+
+        self.attention = Attention(dtype)
+
+
 def status(kind: type[NumpyRuntime], name: str) -> tuple[str, str]:
     def opened(config: OpenConfig) -> NumpyRuntime:
         return kind("float32")
@@ -97,6 +112,7 @@ def test_the_reference_passes(name: str) -> None:
         (RaisesOther, "quantised.schemes", "raised KeyError, expected NotSupported"),
         (Declares, "quantised.declared", "no case of this requirement set judges it"),
         (Rounds, "quantised.caches", "does not give back"),
+        (TakesFormats, "quantised.caches", "format int8 is accepted, which is not declared"),
     ],
 )
 def test_a_planted_fault_is_named(kind: Any, name: str, word: str) -> None:

@@ -113,7 +113,7 @@ def test_an_engine_gives_the_same_tokens_under_any_chunking_and_preemption(
     blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_8_bits(blueprint: Blueprint, dtype: str) -> Any:
-        return spec_of(blueprint, dtype).caching(INT8_KV)
+        return spec_of(blueprint, dtype).with_kv_format(INT8_KV)
 
     monkeypatch.setattr(serving_engine, "spec_of", in_8_bits)
     monkeypatch.setattr(serving_engine.Served, "_poison", lambda served: None)

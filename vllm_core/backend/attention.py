@@ -50,8 +50,11 @@ class KVFormat:
     def refuse_unless(self, dtype: str, kv_dtypes: frozenset[str] = frozenset()) -> None:
         """For `alloc`: NotSupported where `is_among` says no."""
         if not self.is_among(dtype, kv_dtypes):
-            known = ", ".join(sorted({dtype, *kv_dtypes}))
-            raise NotSupported(f"a KV cache of {self}; this backend's caches are of {known}")
+            known = f"{dtype} or {INT8_KV}" if "int8" in kv_dtypes else dtype
+            raise NotSupported(
+                f"a KV cache of {self}; this backend's caches are of {known}; "
+                "use kv_cache_dtype auto"
+            )
 
     def __str__(self) -> str:
         parts = {"scales": self.scales, "V in K": self.v_in_k}

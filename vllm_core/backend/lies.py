@@ -97,8 +97,8 @@ def _bits(caps: Capabilities, owners: dict[str, Any]) -> Iterator[str]:
     unknown = caps.kv_dtypes - KV_DTYPES
     if unknown:
         yield (
-            f"it declares kv_dtypes={', '.join(sorted(unknown))}, which this seam reserves; it "
-            f"knows {', '.join(sorted(KV_DTYPES))}"
+            f"it declares kv_dtypes={', '.join(sorted(unknown))}, which this seam reserves; "
+            f"declare none but {', '.join(sorted(KV_DTYPES))}"
         )
     more = caps.native_schemes - caps.schemes
     if more:

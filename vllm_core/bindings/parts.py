@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from vllm_core.errors import NotSupported, WeightError
+from vllm_core.errors import InvalidArgument, NotSupported, WeightError
 from vllm_core.ops import HostArray, LazyArray, ParamSpec, Part, quantized
 
 SCHEMES = frozenset({"dense", *quantized.BITS})
 """What is read here."""
 
 Quantizer = Callable[[HostArray, int, int], dict[str, HostArray]]
-"""As quantized.quantize: a backend may have a faster one."""
+"""As quantized.quantize: a backend may have a faster one. The group that it gets is checked."""
 
 
 class StoredPart(NamedTuple):
@@ -30,8 +30,8 @@ class StoredPart(NamedTuple):
 
 def dense_tensors(spec: ParamSpec, parts: Sequence[Part]) -> dict[str, list[HostArray]]:
     """By name, a tensor of each part in order: codes dequantised, and dense rows as they are after
-    quantising, where the spec asks for that. NotSupported (scheme), WeightError (a part lacks what
-    the others have, or is wrong in itself)."""
+    quantising, where the spec asks for that. NotSupported (scheme), InvalidArgument (the spec's
+    group), WeightError (a part lacks what the others have, or is wrong in itself)."""
     found: dict[str, list[HostArray]] = {}
     for part in stored_parts(spec, parts):
         tensors = dict(part.tensors)
@@ -83,4 +83,8 @@ def _quantized(
             f"{spec.name} {list(weight.shape)} cannot be stored as {spec.scheme}: its inputs must "
             "be a multiple of 32; load it dense"
         )
+    try:
+        quantized.check_group(weight.shape[-1], group)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{spec.name}: {error}") from None
     return tensors | quantize(weight, bits, group)

@@ -48,6 +48,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     engine = LLMEngine(config)
     try:
+        _check_lengths(engine.opened.plan.max_model_len)
         draw = random.Random(config.seed or 0)
         vocab = engine.opened.spec.vocab_size
         prefixes = [[draw.randrange(vocab) for _ in range(PREFIX_LEN)] for _ in range(4)]
@@ -63,7 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             readings.append(reading)
             line = f"{done:>10} {reading['bytes'] / 2**20:>10.1f} {reading['objects']:>10}"
             print(line, file=sys.stderr, flush=True)
-        description = engine.describe()
+        elapsed, description = time.perf_counter() - start, engine.describe()
     finally:
         engine.close()
     warm, last = readings[POINTS // 4 - 1], readings[-1]
@@ -71,11 +72,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "engine": description,
         "config": asdict(config),
         **counts,
-        "elapsed_s": time.perf_counter() - start,
+        "elapsed_s": elapsed,
         "growth_bytes": last["bytes"] - warm["bytes"],
         "growth_objects": last["objects"] - warm["objects"],
         "readings": readings,
     }
+
+
+def _check_lengths(max_model_len: int) -> None:
+    """InvalidArgument where the longest prompt leaves no room for an answer."""
+    least = PREFIX_LEN + LONGEST_PROMPT + 1
+    if max_model_len < least:
+        raise InvalidArgument(
+            f"max_model_len is {max_model_len}, and the longest prompts need at least {least}; "
+            "raise --max-model-len, or take a model with a longer context"
+        )
 
 
 def _serve(

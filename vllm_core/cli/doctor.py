@@ -28,6 +28,8 @@ SUMMARY = "what was found on this machine, and how to mend what is missing"
 
 DISTRIBUTIONS = ("torch", "jax", "numpy", "transformers", "tokenizers", "safetensors", "gguf")
 """Their versions are shown without importing them."""
+OF_THE_DEVICE = ("default_dtype", "shares_host_memory")
+"""Capabilities that a backend of the core knows only once it is opened."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inspect(manager: BackendManager, backend: Discovered) -> dict[str, Any]:
-    """One backend as plain data; one that found a device is opened, to see what it declares."""
+    """One backend as plain data; a plug-in that found a device is opened, to see what it declares.
+
+    Of the core's own what they declare before a device is known is read, less what may change then.
+    """
     from vllm_core.backend.interface import OpenConfig
     from vllm_core.backend.manager import OWN, Choice
 
@@ -82,7 +87,8 @@ def _inspect(manager: BackendManager, backend: Discovered) -> dict[str, Any]:
     try:
         if backend.distribution == OWN and backend.info is not None:
             module = import_module(backend.info.open.partition(":")[0])
-            facts["capabilities"] = _plain(module.CAPABILITIES)
+            declared = _plain(module.CAPABILITIES)
+            facts["capabilities"] = {k: v for k, v in declared.items() if k not in OF_THE_DEVICE}
             return facts
         runtime = manager.open(Choice(backend, "to see what it declares"), OpenConfig(dtype="auto"))
         facts["capabilities"] = _plain(runtime.caps)

@@ -89,7 +89,7 @@ class ModelSpec:
     logit_softcap: float | None = None
     logit_scale: float = 1.0
 
-    def caching(self, kv: KVFormat) -> ModelSpec:
+    def with_kv_format(self, kv: KVFormat) -> ModelSpec:
         """The same model with this KV format in all its layers."""
         layers = [
             replace(layer, attention=replace(layer.attention, kv=kv)) for layer in self.layers

@@ -31,7 +31,8 @@ GROUPS = (128, 64, 32, 16)
 """Inputs that may share a scale, beside all of a row."""
 LARGEST_GROUPS = {8: 128, 4: 64}
 """By bits, of a dense weight that is quantised where no group was asked for. Smaller ones cost time
-and memory, and gained no perplexity that could be measured (docs/performance.md)."""
+and memory; of int4 they were measured, without a gain that held on all texts
+(docs/performance.md)."""
 TINY = 2.0**-118
 """A group whose largest magnitude is below this counts as zeros: its scale would not be normal."""
 PARTIAL_SUMS = 16
@@ -90,7 +91,7 @@ def quantize(weight: HostArray, bits: int, group: int) -> dict[str, HostArray]:
     rows, size = weight.shape
     if bits not in (8, 4):
         raise InvalidArgument(f"weights are quantised to 8 or 4 bits, not to {bits}")
-    _check_group(size, group)
+    check_group(size, group)
     codes = np.empty((rows, size), np.uint8)
     scales = np.empty((rows, size // group), np.float32)
     step = max(1, _CHUNK // size)
@@ -190,14 +191,15 @@ def check(tensors: Tensors, scheme: str, rows: int, size: int) -> None:
             f"{size} inputs do not divide into {num_groups} groups of scheme {scheme}"
         )
     try:
-        _check_group(size, size // num_groups)
+        check_group(size, size // num_groups)
     except InvalidArgument as error:
         raise WeightError(f"scheme {scheme}: {error}") from None
     if BITS[scheme] == 4 and codes.size and int(codes.max()) > 15:
         raise WeightError(f"a code of scheme {scheme} is {int(codes.max())}; 15 is the largest")
 
 
-def _check_group(size: int, group: int) -> None:
+def check_group(size: int, group: int) -> None:
+    """InvalidArgument where a row of `size` inputs has no groups of `group`."""
     if group < 1 or size % group or (group not in GROUPS and group != size):
         raise InvalidArgument(
             f"{size} inputs cannot be quantised in groups of {group}; a group is one of "

@@ -55,6 +55,7 @@ def sample(
     id ascending).
     """
     xp = ops.xp
+    check_vocab(logits.shape[-1])
     x = adjusted(ops, logits, params, positions, history, bias, features)
     best = ops.amax(x)
     fault = ops.cast(~xp.isfinite(best), "int32")
@@ -71,10 +72,10 @@ def sample(
     is_drawn = temperature >= SMALLEST_NORMAL
     # by the reciprocal, since compilers divide by a broadcast that way, and 0 where they may flush
     # it
-    coldness = 1.0 / xp.where(is_drawn, temperature, 1.0)
-    coldness = xp.where(coldness >= SMALLEST_NORMAL, coldness, 0.0)
+    inverse_temperature = 1.0 / xp.where(is_drawn, temperature, 1.0)
+    inverse_temperature = xp.where(inverse_temperature >= SMALLEST_NORMAL, inverse_temperature, 0.0)
     # the difference first: logits over a tiny temperature would overflow, their differences may
-    below = (best[:, None] - x) * coldness[:, None]
+    below = (best[:, None] - x) * inverse_temperature[:, None]
     below = xp.where(below >= 0, below, float("inf"))  # a row of NaN stays harmless
     w = ops.words(xp.round(xp.exp(-below) * 2.0**UNIT))
     if features.filters:
@@ -90,6 +91,14 @@ def sample(
     return xp.where(is_drawn, first_above(ops, w, target), greedy), fault
 
 
+def check_vocab(size: int) -> None:
+    """NotSupported for a vocabulary beyond the exact sums."""
+    if size > MAX_VOCAB:
+        raise NotSupported(
+            f"the sampler's exact sums hold {MAX_VOCAB} tokens, but the vocabulary has {size}"
+        )
+
+
 def adjusted(
     ops: Ops,
     logits: Array,
@@ -100,14 +109,7 @@ def adjusted(
     features: Features,
 ) -> Array:
     """The float32 logits [R, V] that rows draw from: with bias, bans and penalties. Arguments: as
-    `sample`; worth a call from a backend whose own kernel does the rest.
-
-    NotSupported for a vocabulary beyond the exact sums."""
-    if logits.shape[-1] > MAX_VOCAB:
-        raise NotSupported(
-            f"the sampler's exact sums hold {MAX_VOCAB} tokens, "
-            f"but the vocabulary has {logits.shape[-1]}"
-        )
+    `sample`. Public, since tests hold a kernel that does the same to it."""
     x = ops.cast(logits, "float32")
     if features.bias:
         x = _biased(ops, x, params, positions, bias)

@@ -78,7 +78,7 @@ def _open_on(
     recipe: Recipe,
 ) -> Opened:
     kv = kv_format(config.kv_cache_dtype, runtime)
-    spec = recipe.spec(files.config, runtime.dtype).caching(kv)
+    spec = recipe.spec(files.config, runtime.dtype).with_kv_format(kv)
     check_supported(spec, runtime)
     rules = recipe.weights(spec, files.config).stored_as(config.quantization or "dense")
     check_schemes(rules, config.quantization, runtime)
@@ -159,8 +159,9 @@ def kv_format(wanted: str, runtime: Runtime) -> KVFormat:
     if wanted not in runtime.caps.kv_dtypes:
         others = ", ".join(sorted({"auto", *runtime.caps.kv_dtypes}))
         raise NotSupported(
-            f"kv_cache_dtype {wanted} is not among those of this backend: {others}; leave it at "
-            "auto (the model's dtype) or choose another backend (`vllm-core doctor` lists them)"
+            f"kv_cache_dtype {wanted} is not among those of this backend in {runtime.dtype}: "
+            f"{others}; leave it at auto (the model's dtype), or try another dtype or another "
+            "backend (`vllm-core doctor` tells what each has, and what is missing)"
         )
     return INT8_KV
 

@@ -91,8 +91,8 @@ def _stored_form(
 
 
 def scheme_names(rules: WeightRules, kept: Kept, native: Collection[str], dtype: str) -> str:
-    """How matrices are stored, in words, the most values first: "int4-g64 + int8". What is small
-    and always dense is not told."""
+    """How matrices are stored, in words, the most values first: "int4-g64 + int8", or
+    "int4-g32 as in the file + dense". What is small and always dense is not told."""
     sizes: Counter[str] = Counter()
     is_native = True
     for rule in rules.leaves():
@@ -103,7 +103,10 @@ def scheme_names(rules: WeightRules, kept: Kept, native: Collection[str], dtype:
             name = "dense" if form is None else join_name(form.scheme, form.group)
             sizes[name] += math.prod(part.tensors["weight"].loaded_shape)
             is_native = is_native and (form is None or form.scheme in native)
-    names = " + ".join(name for name, _ in sizes.most_common())
-    if kept:
-        return f"{names} as in the file"
-    return names if is_native else f"{names} as {dtype} numbers"
+    names = [name for name, _ in sizes.most_common()]
+    if kept:  # what is not kept is dense, perhaps from codes of the file
+        rest = ["dense"] if "dense" in names else []
+        codes = " + ".join(name for name in names if name != "dense")
+        return " + ".join([f"{codes} as in the file", *rest])
+    told = " + ".join(names)
+    return told if is_native else f"{told} as {dtype} numbers"

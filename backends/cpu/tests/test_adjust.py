@@ -15,9 +15,9 @@ import torch
 
 from vllm_core.bindings.numpy import NumpyOps
 from vllm_core.bindings.torch.ops import TorchOps
-from vllm_core.errors import NotSupported
+from vllm_core.errors import InvalidArgument
 from vllm_core.ops import Features, HostArray, Logprobs
-from vllm_core.ops.sampling import MAX_VOCAB, adjusted
+from vllm_core.ops.sampling import adjusted
 from vllm_core.tests.ops.sampling_oracle import Packed, Row, pack
 from vllm_core.tests.ops.test_logprobs import awkward, oracle
 from vllm_core.tests.ops.test_sampling import NUM_ROWS, awkward_logits, awkward_rows
@@ -95,12 +95,6 @@ def test_a_row_that_asks_for_nothing_keeps_its_bits_beside_rows_that_ask(ops: Cp
     assert (found[3].view(np.int32) == logits[3].view(np.int32)).all()
 
 
-def test_a_vocabulary_beyond_the_exact_sums_is_refused(ops: CpuOps) -> None:
-    logits = np.zeros((1, MAX_VOCAB + 1), np.float32)
-    with pytest.raises(NotSupported, match="exact sums hold"):
-        adjust(ops, logits, pack([Row()], 1), EVERYTHING)
-
-
 def report(ops: CpuOps | TorchOps | NumpyOps, x: HostArray, at: HostArray, count: int) -> Logprobs:
     with np.errstate(all="ignore"):
         found = ops.logprobs(ops.asarray(x), ops.asarray(at), count)
@@ -132,6 +126,12 @@ def test_logprobs_have_the_ids_of_the_portable_text_and_the_values_of_float64(
 def test_more_alternatives_than_tokens_are_refused_as_the_portable_text_does(ops: CpuOps) -> None:
     with pytest.raises(RuntimeError, match="out of range"):
         report(ops, *awkward(5), 6)
+
+
+def test_targets_that_are_not_one_for_each_row_are_refused(ops: CpuOps) -> None:
+    logits, targets = awkward(5)
+    with pytest.raises(InvalidArgument, match="targets must be"):
+        report(ops, logits, targets[:1], 2)
 
 
 def test_logprobs_of_a_row_do_not_depend_on_the_others(ops: CpuOps) -> None:

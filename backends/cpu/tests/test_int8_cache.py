@@ -245,9 +245,31 @@ def test_blocks_go_out_and_in_and_are_copied_with_their_scales(
     torch.testing.assert_close(other.kv[0][1], bench.kv[0][3])
     query = Row(row.q, row.k, row.v, [1, 2])
     assert torch.equal(other.step((query, 63, 64))[0], bench.step((row, 63, 64))[0])
-    with pytest.raises(KeyError):
-        wrong = {"k": arrays["k"], "v": arrays["v"]}
-        other.attention.import_blocks(other.kv, other.group, [9, 7], wrong)
+
+
+def test_only_what_such_a_cache_exports_is_imported(kernels: native.Native) -> None:
+    coded, dense = Bench(kernels, "float32"), Bench(kernels, "float32", kv=KVFormat("float32"))
+    codes, values = (
+        bench.attention.export_blocks(bench.kv, bench.group, [3, 4]) for bench in (coded, dense)
+    )
+    wide = {name: x.astype(np.float32) for name, x in codes.items()}
+    ints = {name: x.astype(np.int8) for name, x in values.items()}
+    wrong: list[tuple[Bench, dict[str, HostArray], str]] = [
+        (coded, {"k": codes["k"], "v": codes["v"]}, "k_scale, v_scale"),
+        (coded, values, "k_scale, v_scale"),
+        (coded, wide, "k must be int8"),
+        (coded, codes | {"k_scale": codes["k_scale"].astype(np.float64)}, "k_scale must be float3"),
+        (coded, codes | {"v": codes["v"].reshape(LAYERS, 2, 64, 1, 64)}, r"v must be .* 32, 2, 64"),
+        (coded, {name: x[:, :1] for name, x in codes.items()}, r"k must be int8 \[2, 2, 32"),
+        (dense, codes, "k_scale"),
+        (dense, ints, "k must be float32"),
+        (dense, {"k": values["k"]}, "k, v"),
+    ]
+    for bench, arrays, said in wrong:
+        before = bench.kv[0].clone()
+        with pytest.raises(InvalidArgument, match=f"{said}.*same layout_fingerprint"):
+            bench.attention.import_blocks(bench.kv, bench.group, [9, 7], arrays)
+        assert torch.equal(bench.kv[0], before)
 
 
 def test_a_block_counts_codes_and_scales_and_names_its_format(kernels: native.Native) -> None:
@@ -271,7 +293,7 @@ def test_a_block_counts_codes_and_scales_and_names_its_format(kernels: native.Na
     + [KVFormat("int8", scales=True, v_in_k=True)],
 )
 def test_a_format_that_is_not_declared_is_refused(kernels: native.Native, kv: KVFormat) -> None:
-    with pytest.raises(NotSupported, match="these kernels take bfloat16 or int8 with scales"):
+    with pytest.raises(NotSupported, match="are of bfloat16 or int8 with scales; use"):
         Bench(kernels, "bfloat16", kv=kv)
 
 

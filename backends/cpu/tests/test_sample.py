@@ -15,7 +15,7 @@ import torch
 
 from vllm_core.bindings.numpy import NumpyOps
 from vllm_core.bindings.torch.ops import TorchOps
-from vllm_core.errors import NotSupported
+from vllm_core.errors import InvalidArgument, NotSupported
 from vllm_core.ops import Features, HostArray
 from vllm_core.ops.sampling import MAX_VOCAB
 from vllm_core.tests.ops.sampling_oracle import Row, pack
@@ -134,6 +134,35 @@ def test_threads_draw_what_one_thread_draws(ops: CpuOps) -> None:
             assert draw(ops, logits, rows, ALL) == one
     finally:
         ops.kernels.set_threads(1)
+
+
+def test_arrays_of_another_integer_or_float_draw_the_same(ops: CpuOps) -> None:
+    rng = np.random.default_rng(7)
+    logits = (rng.normal(size=(NUM_ROWS, 700)) * 3).astype(np.float32)
+    rows = awkward_rows(rng, 700)
+    x = torch.from_numpy(logits)
+    params, positions, history, bias = map(torch.from_numpy, pack(rows, 700))
+    want = ops.sample(x, params, positions, history, bias, ALL)
+    wide = (params.long(), positions.long(), history.long(), bias.double())
+    found = ops.sample(x.double(), *wide, ALL)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_arrays_that_do_not_fit_the_logits_are_refused(ops: CpuOps) -> None:
+    x = torch.zeros(3, 100)
+    params, positions, history, bias = map(torch.from_numpy, pack([Row()] * 3, 100))
+    wrong = {
+        "params must be": (params[:1], positions, history, bias),
+        "params must": (params[:, :5], positions, history, bias),
+        "positions must be": (params, positions[:2], history, bias),
+        "bias must be": (params, positions, history, bias[:, :50]),
+        "bias must": (params, positions, history, bias[:0]),
+        "history must be": (params, positions, history[:0], bias),
+    }
+    for said, given in wrong.items():
+        with pytest.raises(InvalidArgument, match=said):
+            ops.sample(x, *given, ALL)
+    ops.sample(x, params, positions, history[:0], bias[:, :50], Features(draw=True))  # nobody looks
 
 
 def test_a_vocabulary_beyond_the_exact_sums_is_refused(ops: CpuOps) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vllm_core.bindings.torch.convert import to_host
-from vllm_core.errors import WeightError
+from vllm_core.errors import InvalidArgument, WeightError
 from vllm_core.ops import ParamSpec, Part, quantized
 from vllm_core_cpu import native, weights
 from vllm_core_cpu.kernel_runtime import CpuRuntime
@@ -111,5 +111,19 @@ def test_a_model_is_quantised_in_the_group_that_was_asked_for(
         values = quantized.dequantize(quantized.quantize(dense, 4, group), 4)
         found = torch.from_numpy(np.asarray(runtime.unload(param)["weight"], np.float32))
         assert torch.equal(found, torch.from_numpy(values).to(getattr(torch, dtype)).float())
+    finally:
+        runtime.close()
+
+
+@pytest.mark.parametrize("group", [48, 64])
+def test_a_group_that_the_law_does_not_know_is_refused(library: Path, group: int) -> None:
+    kernels = native.find(library)
+    assert isinstance(kernels, native.Native)
+    dense = weight_of(65, 96, torch.float32).numpy()
+    spec = ParamSpec("w", (65, 96), "linear", scheme="int8", group=group)
+    runtime = CpuRuntime(kernels, torch.device("cpu"), "float32", threads=1)
+    try:
+        with pytest.raises(InvalidArgument, match=f"w: 96 inputs .* groups of {group}"):
+            runtime.load(spec, [Part("dense", {"weight": dense}, 65)])
     finally:
         runtime.close()

@@ -24,7 +24,6 @@ from vllm_core.backend import (
     AttentionPlan,
     AttentionSpec,
     HostStep,
-    KVFormat,
     KVGroup,
 )
 from vllm_core.bindings.torch.convert import dtype_of, from_host, to_host
@@ -64,7 +63,7 @@ class CpuAttention(AttentionBackend):
         self.empty = empty
         self.dtype = dtype_of(dtype)
         self._code = DTYPES[self.dtype]
-        self._formats = {KVFormat(dtype): self.dtype, INT8_KV: torch.int8}
+        self._dtype_name = dtype
         self._synchronize = synchronize
 
     # ---- the cache
@@ -76,11 +75,8 @@ class CpuAttention(AttentionBackend):
 
     def _kv_dtype(self, group: KVGroup) -> torch.dtype:
         """Of the cache. NotSupported for a format that our kernels do not have."""
-        found = self._formats.get(group.spec.kv)
-        if found is None:
-            known = " or ".join(map(str, self._formats))
-            raise NotSupported(f"a cache of {group.spec.kv}; these kernels take {known}")
-        return found
+        group.spec.kv.refuse_unless(self._dtype_name, KV_DTYPES)
+        return torch.int8 if group.spec.kv == INT8_KV else self.dtype
 
     def _codes(self, group: KVGroup) -> tuple[int, int]:
         """What is computed in and what is stored, as kernels.h names them."""
@@ -177,11 +173,23 @@ class CpuAttention(AttentionBackend):
     def import_blocks(
         self, kv: KV, group: KVGroup, ids: Sequence[int], arrays: dict[str, HostArray]
     ) -> KV:
+        """Numbers may be of another float dtype; codes and scales must be as they were exported.
+        InvalidArgument for anything else."""
         shapes = self._shapes(group, len(ids))
-        given = {
-            name: from_host(arrays[name]).to(dtype).contiguous().view(shape)
-            for name, (shape, dtype) in shapes.items()
-        }
+        if arrays.keys() != shapes.keys():
+            raise _no_export(f"{', '.join(shapes)}, not {', '.join(arrays) or 'nothing'}")
+        is_coded = self._kv_dtype(group) == torch.int8
+        given = {}
+        for name, (shape, dtype) in shapes.items():
+            x = from_host(arrays[name])
+            fits = x.dtype == dtype if is_coded else x.dtype.is_floating_point
+            if tuple(x.shape) != shape or not fits:
+                wanted = str(dtype).removeprefix("torch.")
+                raise _no_export(
+                    f"{name} must be {wanted} {list(shape)}, not {arrays[name].dtype} "
+                    f"{list(x.shape)}"
+                )
+            given[name] = x.to(dtype).contiguous()
         self._move(kv, group, ids, given, True)
         return kv
 
@@ -272,6 +280,13 @@ class CpuAttention(AttentionBackend):
         record.sinks = None if sinks is None else sinks.data_ptr()
         self.kernels.attend(plan.arrays.address)
         return out, lse, kv
+
+
+def _no_export(why: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{why}: these arrays are no blocks of this cache; export them from a cache of the same "
+        "layout_fingerprint"
+    )
 
 
 def _dense_heads(x: Tensor, dtype: torch.dtype) -> Tensor:

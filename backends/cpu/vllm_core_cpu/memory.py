@@ -50,11 +50,13 @@ FREE = _references([object()])[0]
 
 
 class Buffers:
-    """Memory for outputs: what no tensor holds any more is given out again as it is. As many are
-    kept as were ever held at a time."""
+    """Memory for outputs: what no tensor holds any more is given out again as it is. At most
+    twice the bytes are kept that tensors ever held at a time."""
 
     def __init__(self) -> None:
         self._kept: list[mmap.mmap] = []
+        self.most = 0
+        """Most bytes that tensors held when a new buffer was made, it included."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """As torch.empty, contiguous. OSError where there is no memory."""
@@ -65,15 +67,21 @@ class Buffers:
         return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
     def _take(self, num_bytes: int) -> mmap.mmap:
+        num_bytes = -(-num_bytes // HUGE) * HUGE
         counts = _references(self._kept)
         free = [pages for pages, n in zip(self._kept, counts, strict=True) if n == FREE]
-        fitting = [pages for pages in free if len(pages) >= num_bytes]
+        fitting = [pages for pages in free if num_bytes <= len(pages) <= 2 * num_bytes]
+        pages = min(fitting, key=len) if fitting else _pages(num_bytes)
         if fitting:
-            return min(fitting, key=len)
-        if free:  # too small: a larger one takes its place
-            self._kept.remove(max(free, key=len))
-        pages = _pages(-(-num_bytes // HUGE) * HUGE)
-        self._kept.append(pages)
+            self._kept.remove(pages)
+        self._kept.append(pages)  # in the order of their last use
+        if not fitting:
+            size = sum(map(len, self._kept))
+            self.most = max(self.most, size - sum(map(len, free)))
+            while size > 2 * self.most:
+                gone = free.pop(0)
+                self._kept.remove(gone)
+                size -= len(gone)
         return pages
 
     def forget(self) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from vllm_core.bindings.torch.ops import TorchOps
-from vllm_core.ops import Features, Logprobs, Param
+from vllm_core.errors import InvalidArgument
+from vllm_core.ops import NUM_COLUMNS, Features, Logprobs, Param
 from vllm_core.ops.interface import LayerBody
-from vllm_core.ops.sampling import adjusted
+from vllm_core.ops.sampling import check_vocab
 from vllm_core_cpu import native
 from vllm_core_cpu.memory import Empty
 from vllm_core_cpu.recorded import MAX_TOKENS, WalkRecorder
@@ -103,9 +104,12 @@ class CpuOps(TorchOps):
     ) -> tuple[Tensor, Tensor]:
         if logits.numel() == 0:
             return super().sample(logits, params, positions, history, bias, features)
-        params, positions = params.contiguous(), positions.contiguous()
-        x = self._adjusted(logits, params, positions, history, bias, features)
-        rows, size = x.shape
+        rows, size = logits.shape
+        check_vocab(size)
+        params = _ints("params", params, rows, NUM_COLUMNS)
+        positions = _ints("positions", positions, rows)
+        x = logits.float().contiguous()
+        x = self._adjusted(x, params, positions, history, bias, features)
         token, fault = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
         if not features.draw:
             best = torch.empty(rows)
@@ -120,20 +124,21 @@ class CpuOps(TorchOps):
 
     def _adjusted(
         self,
-        logits: Tensor,
+        x: Tensor,
         params: Tensor,
         positions: Tensor,
         history: Tensor,
         bias: Tensor,
         features: Features,
     ) -> Tensor:
-        """sampling.adjusted, dense; params and positions are."""
-        x: Tensor = adjusted(self, logits, params, positions, history, bias, Features())
-        x = x.contiguous()
+        """sampling.adjusted of float32 logits; they, params and positions are dense and fit."""
         if not (features.bias or features.penalties):
             return x
+        if features.bias:
+            bias = _fitting("bias", bias, None, x.shape[1]).float().contiguous()
+        if features.penalties:
+            history = _ints("history", history, None, history.shape[-1])
         out = self.empty(x.shape, x.dtype)
-        history, bias = history.contiguous(), bias.contiguous()
         record = native.Adjust(
             x.data_ptr(), bias.data_ptr() if features.bias else None,
             history.data_ptr() if features.penalties else None,
@@ -147,7 +152,7 @@ class CpuOps(TorchOps):
         rows, size = logits.shape
         if logits.numel() == 0 or count > size:
             return super().logprobs(logits, targets, count)
-        x, targets = logits.float().contiguous(), targets.to(torch.int32).contiguous()
+        x, targets = logits.float().contiguous(), _ints("targets", targets, rows)
         ids = torch.empty(rows, 1 + count, dtype=torch.int32)
         values, rank = torch.empty(rows, 1 + count), torch.empty(rows, dtype=torch.int32)
         record = native.Logprobs(
@@ -234,3 +239,24 @@ class CpuOps(TorchOps):
         rope.half, rope.x_stride, rope.dtype = cos.shape[-1], x.stride(0), DTYPES[x.dtype]
         self.kernels.rope(self._rope_address)
         return out
+
+
+def _fitting(name: str, x: Tensor, *shape: int | None) -> Tensor:
+    """x. InvalidArgument where it has another shape (None: any but 0): kernels get an address, and
+    would read on."""
+    fits = len(x.shape) == len(shape) and all(
+        size > 0 if wanted is None else size == wanted
+        for size, wanted in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("1 or more" if size is None else str(size) for size in shape)
+        raise InvalidArgument(
+            f"{name} must be [{wanted}] for these logits, not {list(x.shape)}; give arrays of the "
+            "shapes of the logits' rows and vocabulary"
+        )
+    return x
+
+
+def _ints(name: str, x: Tensor, *shape: int | None) -> Tensor:
+    """As `_fitting`, as dense int32."""
+    return _fitting(name, x, *shape).to(torch.int32).contiguous()

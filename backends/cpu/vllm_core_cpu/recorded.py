@@ -139,8 +139,8 @@ class _Recorder:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees all that torch does in a walk: views pass, memory comes from the arena, a sum and a copy
-    become our kernels' work, and anything else ends the recording."""
+    """Sees all that torch does in a walk: views pass, a sum and a copy become our kernels' work,
+    and anything else ends the recording."""
 
     def __init__(self, recorder: _Recorder, arena: Arena) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -158,8 +158,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func in VIEWS:
             return func(*args, **kwargs)
-        if func is _aten.empty.memory_format:
-            return self._arena.empty(args[0], kwargs.get("dtype") or torch.float32)
         if func is _aten.add.Tensor and not kwargs and _is_sum(*args[:2]):
             return self._rows(args[0], args[1])
         if func is _aten.clone.default and _has_dense_rows(args[0]):

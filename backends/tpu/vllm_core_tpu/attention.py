@@ -61,8 +61,8 @@ def why_not(spec: AttentionSpec) -> str | None:
 class TpuAttention(JaxAttention):
     """interpret: what pallas_call takes; True where there is no TPU."""
 
-    def __init__(self, device: jax.Device, interpret: Any) -> None:
-        super().__init__(device)
+    def __init__(self, device: jax.Device, interpret: Any, dtype: str | None = None) -> None:
+        super().__init__(device, dtype)
         self._interpret = interpret
 
     def block_tokens(self, spec: AttentionSpec) -> tuple[int, ...]:

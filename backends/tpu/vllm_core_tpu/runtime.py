@@ -23,7 +23,7 @@ class TpuRuntime(JaxRuntime):
 
     def __init__(self, device: jax.Device, dtype: str, checkpoint_dtype: str | None = None) -> None:
         super().__init__(device, dtype, checkpoint_dtype)
-        self.attention = TpuAttention(device, interpret=device.platform != "tpu")
+        self.attention = TpuAttention(device, device.platform != "tpu", self.dtype)
 
 
 def open_runtime(config: OpenConfig) -> TpuRuntime:

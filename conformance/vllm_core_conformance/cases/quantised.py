@@ -164,8 +164,8 @@ def declared(target: Target, seed: int) -> Evidence:
 
 
 def caches(target: Target, seed: int) -> Evidence:
-    """A cache with scales beside another dtype than int8, or of another dtype without, is refused,
-    or at least keeps small integers."""
+    """A cache with scales beside another dtype than int8, or of another dtype without, is refused;
+    one of the model's dtype keeps small integers."""
     rng = np.random.default_rng([seed, zlib.crc32(b"quantised.caches")])
     found = Evidence()
     for kv in (KVFormat("int8"), KVFormat("float8_e4m3fn"), KVFormat(target.dtype, scales=True)):
@@ -198,16 +198,14 @@ def _cache(target: Target, kv: KVFormat, rng: np.random.Generator) -> Evidence:
             + ("" if is_plain else ", expected NotSupported: it is not declared")
         ) from error
     require(
-        is_plain or not target.caps.kv_dtypes,
-        f"a cache of format {kv} is accepted, which is not declared: who declares int8 tells "
-        "formats apart, and refuses the others with NotSupported",
+        is_plain,
+        f"a cache of format {kv} is accepted, which is not declared: alloc must refuse it with "
+        "NotSupported (group.spec.kv.refuse_unless does)",
     )
     for name, x in exact.items():
         require(
             bool((wide(got[name]) == x).all()),
-            f"a cache of format {kv}"
-            + ("" if is_plain else ", which is not declared, is accepted, and")
-            + f" does not give back the {name} that was written",
+            f"a cache of format {kv} does not give back the {name} that was written",
         )
     return Evidence(checks=2 * int(np.prod(shape)))
 

@@ -26,6 +26,7 @@ from vllm_core.bindings.jax.memory import allocating
 from vllm_core.errors import InvalidArgument, NotSupported
 from vllm_core.ops import Array, BucketKey, DeviceState, HostArray, StepInput, StepView
 
+DTYPES = ("float32", "bfloat16", "float16")
 _MAX_QUERIES = 64
 _CHUNK_TOKENS = 64
 """Keys per turn of the loop. 16, 64 and 128 measured on two CPU cores: decode likes fewer, prefill
@@ -64,8 +65,10 @@ class JaxAttention(AttentionBackend):
     layer and GB of cache, measured with jax 0.10.2.
     """
 
-    def __init__(self, device: jax.Device) -> None:
+    def __init__(self, device: jax.Device, dtype: str | None = None) -> None:
+        """dtype: the model's, and so that of caches; None: each group's, if the binding has it."""
         self._device = device
+        self._dtypes = DTYPES if dtype is None else (dtype,)
 
     def block_tokens(self, spec: AttentionSpec) -> tuple[int, ...]:
         return (16, 32, 8, 4, 2, 1, 64, 128)
@@ -96,6 +99,8 @@ class JaxAttention(AttentionBackend):
         shapes: dict[int, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         for group in groups:
             check(group.spec)
+            kv = group.spec.kv
+            kv.refuse_unless(kv.dtype if kv.dtype in self._dtypes else self._dtypes[0])
             found = (num_blocks[group.pool], *self.block_shape(group)), self.storage(group)
             if shapes.setdefault(group.pool, found) != found:
                 raise NotSupported(
@@ -309,12 +314,10 @@ def _with_sink(top: Array, total: Array, out: Array, sink: Array) -> tuple[Array
 
 # ---------------------------------------------------------------- the cache
 def check(spec: AttentionSpec) -> None:
-    """NotSupported for what no attention of this binding does."""
+    """NotSupported for what no attention of this binding does, whatever its cache's format."""
     if spec.dim_v != spec.dim_qk:
         raise NotSupported("this layout needs V heads as wide as K heads")
     reserved = {
-        "scaled KV": spec.kv.scales,
-        "latent KV": spec.kv.v_in_k,
         "chunked attention": spec.chunk is not None,
         "ALiBi": spec.alibi,
         "layers that read another layer's cache": not spec.writes_kv or spec.source is not None,

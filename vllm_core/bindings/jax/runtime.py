@@ -27,7 +27,7 @@ from vllm_core.backend import (
     Runtime,
     SingleDevice,
 )
-from vllm_core.bindings.jax.attention import JaxAttention
+from vllm_core.bindings.jax.attention import DTYPES, JaxAttention
 from vllm_core.bindings.jax.memory import allocating, report
 from vllm_core.bindings.jax.ops import JaxOps
 from vllm_core.bindings.parts import SCHEMES, dense_tensors
@@ -78,7 +78,7 @@ class OnItsWay:
 
 
 CAPABILITIES = Capabilities(
-    dtypes=frozenset(("float32", "bfloat16", "float16")),
+    dtypes=frozenset(DTYPES),
     default_dtype="bfloat16",
     schemes=SCHEMES,
     static_shapes=True,
@@ -95,7 +95,7 @@ class JaxRuntime(Runtime):
         self.caps = replace(CAPABILITIES, default_dtype=default, shares_host_memory=is_host)
         self.dtype = self.caps.choose_dtype(dtype, checkpoint_dtype)
         self.ops = JaxOps(device)
-        self.attention = JaxAttention(device)
+        self.attention = JaxAttention(device, self.dtype)
         self.block_tables = RectangleTables(self.ops)
         self.comm = SingleDevice()
         self._device = device

@@ -244,7 +244,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "tree": ({"tree": True}, "tree=True"),
     "bidirectional": ({"bidirectional": True}, "bidirectional=True"),
     "shard": ({"shard": True}, "shard=True"),
-    "kv_dtypes": ({"kv_dtypes": frozenset({"float8_e4m3fn"})}, "kv_dtypes="),
+    "kv_dtypes": ({"kv_dtypes": frozenset({"float8_e4m3fn"})}, "kv_dtypes=float8_e4m3fn"),
     "static_shapes": ({"static_shapes": True}, "static_shapes without its own runtime.buckets"),
     "exact_host_lengths": (
         {"exact_host_lengths": True},

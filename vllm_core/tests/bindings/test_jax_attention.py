@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_core.backend import AttentionPlan, AttentionSpec, KVFormat, KVGroup, OpenConfig, Program
+from vllm_core.backend import (
+    INT8_KV,
+    AttentionPlan,
+    AttentionSpec,
+    KVFormat,
+    KVGroup,
+    OpenConfig,
+    Program,
+)
 from vllm_core.errors import InvalidArgument, NotSupported
 from vllm_core.ops import NUM_COLUMNS, BucketKey, DeviceState, StepInput, reference
 
@@ -23,9 +31,13 @@ MIX = ((33, 1), (15, 1), (21, 14), (0, 19), (5, 0), (0, 1))
 DECODE = ((33, 1), (15, 1), (62, 1), (0, 1), (5, 0), (16, 1))
 
 
+def opened(dtype: str) -> JaxRuntime:
+    return open_runtime(OpenConfig(dtype, options={"platform": "cpu"}))
+
+
 @pytest.fixture(scope="module")
 def runtime() -> JaxRuntime:
-    return open_runtime(OpenConfig("float32", options={"platform": "cpu"}))
+    return opened("float32")
 
 
 @dataclass
@@ -55,10 +67,9 @@ class Case:
             dim_qk=self.dim,
             dim_v=self.dim,
             scale=self.dim**-0.5,
-            kv=KVFormat(self.dtype),
             group=0,
             sinks=self.sinks,
-            **self.options,
+            **({"kv": KVFormat(self.dtype)} | self.options),
         )
         self.group = KVGroup(
             id=0,
@@ -206,9 +217,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def program_of(runtime: JaxRuntime) -> Programs:
+def program_of() -> Programs:
     """By name of the case; compiled once for all tests."""
-    return cache(lambda name: Attend(runtime, Case(**CASES[name])))
+
+    def program(name: str) -> Attend:
+        case = Case(**CASES[name])
+        return Attend(opened(case.dtype), case)
+
+    return cache(program)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -301,6 +317,9 @@ def test_what_the_binding_cannot_do_is_refused(runtime: JaxRuntime) -> None:
         runtime.attention.alloc([case.group], {0: 4})
     with pytest.raises(NotSupported, match="one shape"):
         runtime.attention.alloc([Case().group, Case(block=4).group], {0: 4})
+    for kv in (KVFormat("int8"), INT8_KV, KVFormat("float16"), KVFormat("float32", v_in_k=True)):
+        with pytest.raises(NotSupported, match=f"a KV cache of {kv}; .* are of float32; use"):
+            runtime.attention.alloc([Case(options={"kv": kv}).group], {0: 4})
     plan = AttentionPlan((), case.spec, case.group)
     with pytest.raises(InvalidArgument, match="sink"):
         runtime.attention.attend((), 0, None, None, None, plan, sinks=1, return_lse=True)

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_core.backend import Runtime
 from vllm_core.bindings.parts import SCHEMES, stored_parts
-from vllm_core.errors import NotSupported, WeightError
+from vllm_core.errors import InvalidArgument, NotSupported, WeightError
 from vllm_core.ops import HostArray, LazyArray, ParamSpec, Part, quantized
 from vllm_core.tests.ops.frameworks import BINDINGS, open_binding
 
@@ -95,6 +95,17 @@ def test_what_cannot_be_stored_so_is_refused_by_name() -> None:
     nan = Part("dense", {"weight": np.full((2, 32), np.nan, np.float32)}, 2)
     with pytest.raises(WeightError, match=r"up: .* NaN"):
         load(ParamSpec("up", (2, 32), "linear", scheme="int8"), nan)
+
+
+@pytest.mark.parametrize("group", [48, 64])
+def test_a_group_that_the_law_does_not_know_reaches_no_quantiser(group: int) -> None:
+    def unreached(weight: HostArray, bits: int, group: int) -> dict[str, HostArray]:
+        raise AssertionError("was asked")
+
+    spec = ParamSpec("up", (2, 96), "linear", scheme="int4", group=group)
+    given = [Part("dense", {"weight": np.ones((2, 96), np.float32)}, 2)]
+    with pytest.raises(InvalidArgument, match=f"up: 96 inputs .* groups of {group}; a group is"):
+        list(stored_parts(spec, given, unreached))
 
 
 def test_parts_to_be_stored_keep_their_codes_and_say_their_scheme() -> None:

@@ -20,14 +20,17 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_growth, "POINTS", 4)
 
 
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], num_requests: int) -> dict[str, object]:
+def start(tmp_path: Path, num_requests: int, max_model_len: int) -> int:
     model = write_tiny_model(tmp_path / "model")
-    code = main(
+    return main(
         ["bench", "growth", "--num-requests", str(num_requests), "--at-once", "4"]
         + ["--model", str(model), "--load-format", "dummy", "--backend", "reference"]
-        + ["--max-model-len", "256", "--kv-cache-memory", "8M", "--seed", "1"]
+        + ["--max-model-len", str(max_model_len), "--kv-cache-memory", "8M", "--seed", "1"]
     )
-    assert code == 0
+
+
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], num_requests: int) -> dict[str, object]:
+    assert start(tmp_path, num_requests, 256) == 0
     found: dict[str, object] = json.loads(capsys.readouterr().out)
     return found
 
@@ -60,6 +63,15 @@ def test_what_stays_behind_each_reading_is_seen(
     report = run(tmp_path, capsys, 40)
     growth = report["growth_bytes"]
     assert isinstance(growth, int) and growth > 20 << 20
+
+
+def test_a_context_that_its_prompts_do_not_fit_is_refused_before_they_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(tmp_path, 8, 12) == 1
+    found = capsys.readouterr().err
+    assert "max_model_len is 12" in found and "at least 13" in found and "requests   " not in found
+    assert start(tmp_path, 8, 13) == 0
 
 
 def test_too_few_requests_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,8 @@ def test_backends_of_the_core_say_what_there_is_to_choose_in_one_line(tmp_path: 
     assert "dtypes float32 float64, native_schemes none, kv_dtypes none" in facts
     code, report = doctor(tmp_path)
     assert "int4" in row(report, "reference")["capabilities"]["schemes"] and code == 0
+    told = set(row(report, "jax")["capabilities"])  # unopened: the device has its say in these
+    assert "dtypes" in told and not told & {"default_dtype", "shares_host_memory"}
 
 
 def test_without_any_framework_it_still_works_and_says_what_to_install(tmp_path: Path) -> None:

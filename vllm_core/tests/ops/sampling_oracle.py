@@ -116,9 +116,10 @@ def adjusted(logits: HostArray, row: Row) -> HostArray:
 def below(x: HostArray, row: Row) -> HostArray:
     """How far each logit lies under the best, in units of the temperature, float32."""
     with np.errstate(over="ignore", invalid="ignore"):
-        coldness = np.float32(1) / np.float32(row.temperature)
-        coldness = coldness if coldness >= SMALLEST_NORMAL else np.float32(0)
-        distance = (x.max() - x) * coldness
+        inverse_temperature = np.float32(1) / np.float32(row.temperature)
+        if inverse_temperature < SMALLEST_NORMAL:
+            inverse_temperature = np.float32(0)
+        distance = (x.max() - x) * inverse_temperature
     return np.where(distance >= 0, distance, np.float32(np.inf))
 
 

@@ -54,7 +54,7 @@ def test_a_declared_cache_of_8_bits_is_taken() -> None:
     runtime = NumpyRuntime()
     runtime.caps = replace(runtime.caps, kv_dtypes=frozenset({"int8"}))
     assert kv_format("auto", runtime) == KVFormat("float32")
-    spec = SPEC.caching(kv_format("int8", runtime))
+    spec = SPEC.with_kv_format(kv_format("int8", runtime))
     check_supported(spec, runtime)
     assert {a.kv for a in spec.attention_specs} == {INT8_KV}
     assert all(layer.attention in spec.attention_specs for layer in spec.layers)
@@ -62,8 +62,24 @@ def test_a_declared_cache_of_8_bits_is_taken() -> None:
 
 
 def test_an_undeclared_kv_cache_dtype_is_refused_by_its_option() -> None:
-    with pytest.raises(NotSupported, match=r"kv_cache_dtype int8 .*: auto; leave it at auto"):
+    with pytest.raises(NotSupported, match=r"kv_cache_dtype int8 .* in float32: auto; leave it"):
         kv_format("int8", NumpyRuntime())
+
+
+def test_a_kv_cache_dtype_that_another_dtype_may_have_is_refused_with_that_advice() -> None:
+    with pytest.raises(NotSupported, match=r"in float64: auto; .* try another dtype"):
+        kv_format("int8", NumpyRuntime("float64"))
+
+
+@pytest.mark.parametrize(
+    "kv", [KVFormat("int8"), KVFormat("float16"), KVFormat("int8", v_in_k=True)]
+)
+def test_a_format_that_a_cache_is_not_kept_in_is_refused_with_the_option(kv: KVFormat) -> None:
+    known = "caches are of float32 or int8 with scales; use kv_cache_dtype auto"
+    with pytest.raises(NotSupported, match=f"a KV cache of {kv}; .*{known}"):
+        kv.refuse_unless("float32", frozenset({"int8"}))
+    with pytest.raises(NotSupported, match="caches are of float32; use"):
+        INT8_KV.refuse_unless("float32")
 
 
 def test_a_vocabulary_beyond_the_exact_sums_is_refused() -> None:

@@ -210,7 +210,8 @@ def test_a_parameter_with_one_part_that_cannot_stay_codes_is_read_dense(tmp_path
     file, rules, _ = open_mix(tmp_path, attn_k=None, ffn_up=None)
     kept = kept_codes(rules, file, NATIVE, weight_only=False)
     assert "layers.0.qkv" not in kept and "layers.0.gate_up" not in kept
-    assert "dense" in scheme_names(rules, kept, NATIVE, "float32")
+    found = scheme_names(rules, kept, NATIVE, "float32")
+    assert found == "int8 + int4-g32 as in the file + dense"  # the rest was codes there too
     assert {"layers.0.output", "layers.0.down", "embed"} < set(kept)
 
 

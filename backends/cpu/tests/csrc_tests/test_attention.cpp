@@ -208,8 +208,26 @@ struct Case {
           }
         }
   }
+
+  // Every query is infinite where keys are negative, and 0 from `first_zero` on: scores of -inf, then
+  // NaN, and so no result.
+  void spoil(int64_t first_zero) {
+    for (size_t at = 0; at < queries.size(); at += static_cast<size_t>(s.dim)) queries[at] = narrow<T>(INFINITY);
+    for (size_t r = 0; r < rows.size(); r++) {
+      const size_t size = static_cast<size_t>(s.kv_heads * s.dim);
+      for (size_t at = 0; at < keys[r].size(); at += static_cast<size_t>(s.dim))
+        keys[r][at] = narrow<T>(static_cast<int64_t>(at / size) < first_zero ? -1.0f : 0.0f);
+      held_keys[r] = Held<T, S>(keys[r], s.dim);
+    }
+    for (Wanted& w : wanted) w.out = NAN;
+    for (Wanted& w : wanted_lse) w.out = NAN;
+  }
   float scale_of() const { return rules.sharpness / std::sqrt(static_cast<float>(s.dim)); }
 };
+
+bool is_near(double got, const Wanted& w) {
+  return std::isnan(w.out) ? std::isnan(got) : std::fabs(got - w.out) <= w.allowed;
+}
 
 // What nobody may read: NaN, or another number.
 template <class T>
@@ -347,12 +365,12 @@ void check_case(const Case<T, S>& c, const char* rules) {
     for (int64_t i = 0; i < c.tokens * size; i++) {
       const Wanted& w = c.wanted[static_cast<size_t>(i)];
       double got = widen(out[i]);
-      check(std::fabs(got - w.out) <= w.allowed, "%s: token %ld head %ld [%ld]: %.9g, not %.9g +- %.2g", name,
+      check(is_near(got, w), "%s: token %ld head %ld [%ld]: %.9g, not %.9g +- %.2g", name,
             i / size, i % size / c.s.dim_v, i % c.s.dim_v, got, w.out, w.allowed);
     }
     for (int64_t i = 0; c.rules.lse && i < c.tokens * heads; i++) {
       const Wanted& w = c.wanted_lse[static_cast<size_t>(i)];
-      check(std::fabs(lse[i] - w.out) <= w.allowed, "%s: token %ld head %ld: lse %.9g, not %.9g +- %.2g", name,
+      check(is_near(lse[i], w), "%s: token %ld head %ld: lse %.9g, not %.9g +- %.2g", name,
             i / heads, i % heads, lse[i], w.out, w.allowed);
     }
     for (int64_t i = c.tokens * size; i < all * size; i++)
@@ -367,6 +385,17 @@ void check_all(Shape shape, const char* name, Rules rules, const std::vector<Row
   check_case(Case<bf16, bf16>(shape, rules, rows, seed), name);
   check_case(Case<float, int8_t>(shape, rules, rows, seed), name);
   check_case(Case<bf16, int8_t>(shape, rules, rows, seed), name);
+}
+
+void check_spoiled(Shape shape, Rules rules, const std::vector<Row>& rows, int64_t first_zero, uint64_t seed) {
+  const auto check_one = [&](auto&& c) {
+    c.spoil(first_zero);
+    check_case(c, first_zero ? "scores of -inf, then NaN" : "scores of NaN");
+  };
+  check_one(Case<float, float>(shape, rules, rows, seed));
+  check_one(Case<bf16, bf16>(shape, rules, rows, seed));
+  check_one(Case<float, int8_t>(shape, rules, rows, seed));
+  check_one(Case<bf16, int8_t>(shape, rules, rows, seed));
 }
 
 Rules made(int64_t window, float softcap, bool sinks, bool causal = true, bool lse = true, float sharpness = 1) {
@@ -405,6 +434,8 @@ int main(int count, char** arguments) {
       check_all(shape, "long", made(-1, 0, true), {{many, 1}}, ++seed);
       check_all(shape, "long, odd", made(-1, 0, false, true, true, 6), {{many + 2, 1}, {many / 3, 9}}, ++seed);
       check_all(shape, "long, window 100", made(100, 0, false), {{many / 5, 60}}, ++seed);
+      check_spoiled(shape, made(-1, 0, false), {{many, 1}, {20, 30}}, 0, ++seed);
+      check_spoiled(shape, made(-1, 0, true), {{many, 1}}, many * 3 / 4, ++seed);
     }
   });
 }

@@ -42,11 +42,11 @@ int64_t law(const float* logits, int64_t size, const Request& r, bool filters, u
   std::vector<float> x(logits, logits + size), distance(x);
   for (float& v : x) v = std::fabs(v) < TINY ? 0 : v;
   const float best = *std::max_element(x.begin(), x.end());
-  float coldness = 1 / r.temperature;
-  if (coldness < TINY) coldness = 0;
+  float inverse_temperature = 1 / r.temperature;
+  if (inverse_temperature < TINY) inverse_temperature = 0;
   std::vector<uint64_t> w(x.size());
   for (size_t i = 0; i < x.size(); i++) {
-    distance[i] = (best - x[i]) * coldness;
+    distance[i] = (best - x[i]) * inverse_temperature;
     if (!(distance[i] >= 0)) distance[i] = INFINITE;
     const float power = static_cast<float>(std::exp(-static_cast<double>(distance[i])));
     w[i] = static_cast<uint64_t>(std::nearbyint(static_cast<double>(power) * (1 << 27)));

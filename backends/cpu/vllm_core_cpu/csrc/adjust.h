@@ -39,8 +39,8 @@ inline void bias_row(const vc::Adjust& a, const float* x, const int32_t* params,
 // Repetition for tokens [0, seen), frequency and presence for those from `prompt` on, once for each id.
 inline void penalize_row(const int32_t* tokens, int64_t seen, int64_t prompt, const int32_t* params, float* y,
                          int64_t size) {
-  const float repetition = as_float(params[vc::REPETITION]), inverse = 1.0f / repetition;
-  const float frequency = as_float(params[vc::FREQUENCY]), presence = as_float(params[vc::PRESENCE]);
+  const float repetition = float_of_bits(params[vc::REPETITION]), inverse = 1.0f / repetition;
+  const float frequency = float_of_bits(params[vc::FREQUENCY]), presence = float_of_bits(params[vc::PRESENCE]);
   int32_t* marks = marks_for(size);
   const auto is_id = [&](int32_t token) { return token >= 0 && token < size; };
   for (int64_t j = 0; j < seen; j++)
@@ -57,7 +57,7 @@ inline void penalize_row(const int32_t* tokens, int64_t seen, int64_t prompt, co
 }
 
 inline bool has_penalties(const int32_t* params) {
-  return as_float(params[vc::REPETITION]) != 1 || params[vc::FREQUENCY] || params[vc::PRESENCE];  // of floats: bits
+  return float_of_bits(params[vc::REPETITION]) != 1 || params[vc::FREQUENCY] || params[vc::PRESENCE];  // bits of floats
 }
 
 inline void adjust_row(const vc::Adjust& a, int64_t row) {

@@ -26,7 +26,9 @@ constexpr int UNIT_ROWS = 48;   // (query, head) pairs of a unit, about
 constexpr int FIXED_COST = 8;   // of meeting a key, beside one per query row
 constexpr float NEVER = -INFINITY;
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
-constexpr float RISE = 8;  // by which a score may exceed its row's base, as a power of two
+// By which a score may exceed its row's base, as a power of two. A weight is 2^8 at most, so sums of n
+// values may overflow, before they are divided, where these exceed 1e36 / n.
+constexpr float RISE = 8;
 
 // ---- one unit
 struct Unit {
@@ -72,7 +74,7 @@ struct Part {
 
 template <class T>
 struct Scratch {
-  Room<float> sums, scores, shrink, grow, left;
+  Room<float> sums, scores, rescale, correction, left;
   Room<T> weights, odd, wide;
   Room<const T*> queries;
   Room<Part> parts;
@@ -90,7 +92,7 @@ struct Step {
   const vc::Attend& a;
   Cache<T, S> cache;
   int64_t per_kv, width, query_tile;
-  static constexpr bool IS_LEANING = IS_CODED<S> && sizeof(T) == 2;  // weights with scales, rounded
+  static constexpr bool IS_CORRECTED = IS_CODED<S> && sizeof(T) == 2;  // weights with scales, rounded
 
   explicit Step(const vc::Attend& args)
       : a(args), cache(cache_of<T, S>(args)), per_kv(args.q_heads / args.kv_heads), width(padded(args.dim_v)) {
@@ -140,7 +142,7 @@ struct Step {
   void meet(const Unit& u, int64_t from, int64_t to, const Sums& sums, Scratch<T>& room) const {
     const int64_t rows = u.queries * per_kv, k_size = key_size<T>(a.dim, LANES), v_size = value_size(a.dim_v, LANES);
     room.scores.fit(rows * KEYS), room.weights.fit(rows * KEYS), room.queries.fit(rows);
-    room.shrink.fit(rows), room.grow.fit(rows);
+    room.rescale.fit(rows), room.correction.fit(rows);
     point_at_queries(u, room);
     Tile<S> here = tile_of(u, u.first + from * KEYS), ahead{};
     for (int64_t tile = from; tile < to; tile++, here = ahead) {
@@ -181,8 +183,8 @@ struct Step {
     const int whole = (IS_CODED<S> ? size + N - 1 : size) / N * N;
     for (int64_t r = 0; r < rows; r += MEET_ROWS, values.ahead = nullptr) {
       int count = static_cast<int>(rows - r < MEET_ROWS ? rows - r : MEET_ROWS);
-      VC_BY_ROWS(count, (weigh_rows<T, V, R>(room.weights.data + r * KEYS, whole, values, width, room.shrink.data + r,
-                                             room.grow.data + r, sums.out + r * width)));
+      VC_BY_ROWS(count, (weigh_rows<T, V, R>(room.weights.data + r * KEYS, whole, values, width, room.rescale.data + r,
+                                             room.correction.data + r, sums.out + r * width)));
     }
     if constexpr (!IS_CODED<S>)
       if (whole < size) add_last(whole, rows, values.here, room.weights.data, sums.out);
@@ -208,12 +210,10 @@ struct Step {
     constexpr int N = Pairs<T>::N;
     const T* row = values[at / LANES] + at % LANES * width;
     for (int64_t r = 0; r < rows; r++) {
-      float weight = as_float(p[r * KEYS + at]);
-      for (int64_t d = 0; d < a.dim_v; d++) out[r * width + d] += weight * as_float(row[d * N]);
+      float weight = to_float(p[r * KEYS + at]);
+      for (int64_t d = 0; d < a.dim_v; d++) out[r * width + d] += weight * to_float(row[d * N]);
     }
   }
-  static float as_float(float x) { return x; }
-  static float as_float(bf16 x) { return to_float(x); }
 
   void point_at_queries(const Unit& u, Scratch<T>& room) const {
     constexpr int N = Pairs<T>::N;
@@ -254,7 +254,7 @@ struct Step {
   // was summed shrinks when the base rises.
   void weights(const Unit& u, const Tile<S>& tile, const Sums& sums, const Scratch<T>& room) const {
     const float* scores = room.scores.data;
-    float *shrink = room.shrink.data, *grow = room.grow.data;
+    float *rescale = room.rescale.data, *correction = room.correction.data;
     const IVec ids = lane_ids();
     const float scale = a.scale * LOG2_E;
     for (int64_t t = 0, r = 0; t < u.queries; t++) {
@@ -276,10 +276,10 @@ struct Step {
         Vec top = s[0];
         for (int v = 1; v < KEYS / W; v++) top = vmax(top, s[v]);
         const float before = sums.top[r];
-        shrink[r] = grow[r] = 1.0f;
+        rescale[r] = correction[r] = 1.0f;
         if (any(top > before + RISE)) {
           const float now = largest(top);
-          shrink[r] = before == NEVER ? 0.0f : std::exp2(before - now);
+          rescale[r] = before == NEVER ? 0.0f : std::exp2(before - now);
           sums.top[r] = now;
         }
         const float base = sums.top[r] == NEVER ? 0.0f : sums.top[r];
@@ -290,12 +290,12 @@ struct Step {
           // a scale that is nobody's may be NaN
           if constexpr (IS_CODED<S>) e = s[v] == NEVER ? Vec{} : e * tile.scales(tile.v_scales, v);
           store(room.weights.data + r * KEYS + v * W, e);
-          if constexpr (IS_LEANING) exact += e, rounded += load(room.weights.data + r * KEYS + v * W);
+          if constexpr (IS_CORRECTED) exact += e, rounded += load(room.weights.data + r * KEYS + v * W);
         }
-        store(sums.total + r * W, load(sums.total + r * W) * shrink[r] + total);
-        if constexpr (IS_LEANING) {  // none where all scales are 0
+        store(sums.total + r * W, load(sums.total + r * W) * rescale[r] + total);
+        if constexpr (IS_CORRECTED) {  // none where all scales are 0
           const float met = sum(rounded);
-          if (met > 0) grow[r] = sum(exact) / met, shrink[r] /= grow[r];
+          if (met > 0) correction[r] = sum(exact) / met, rescale[r] /= correction[r];
         }
       }
     }
@@ -307,7 +307,7 @@ struct Step {
       for (int64_t g = 0; g < per_kv; g++, r++) {
         int64_t token = begin(u.row) + u.query + t, head = u.head * per_kv + g;
         float top = sums.top[r], total = sum(load(sums.total + r * W)), scale = 1.0f;
-        if (a.lse) a.lse[token * a.q_heads + head] = top == NEVER ? NEVER : top * LN_2 + std::log(total);
+        if (a.lse) a.lse[token * a.q_heads + head] = top * LN_2 + std::log(total);  // of nothing: NEVER
         if (a.sinks) {
           float sink = a.sinks[head] * LOG2_E, both = top > sink ? top : sink;
           scale = top == NEVER ? 0.0f : std::exp2(top - both);
@@ -332,9 +332,9 @@ inline int64_t tile_at(int64_t offset, int64_t cost, int64_t tiles) {
 
 inline void merge(const Sums& into, const Sums& from, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; r++) {
-    float a = into.top[r], b = from.top[r], top = a > b ? a : b;
-    if (top == NEVER) continue;
-    float wa = std::exp2(a - top), wb = std::exp2(b - top);
+    const float a = into.top[r], b = from.top[r], top = a > b ? a : b;
+    const float base = top == NEVER ? 0.0f : top;  // then sums are 0, or NaN, which stays
+    const float wa = std::exp2(a - base), wb = std::exp2(b - base);
     into.top[r] = top;
     store(into.total + r * W, load(into.total + r * W) * wa + load(from.total + r * W) * wb);
     for (int64_t d = 0; d < width; d++)

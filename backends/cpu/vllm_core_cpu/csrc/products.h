@@ -16,8 +16,6 @@ constexpr int GROUPS = KEYS / LANES;
 
 #if defined(__AVX512F__)
 constexpr int MEET_ROWS = 6;
-#elif defined(__AVX2__)
-constexpr int MEET_ROWS = 4;
 #else
 constexpr int MEET_ROWS = 4;
 #endif
@@ -88,15 +86,15 @@ void score_rows(const T* const* q, int64_t steps, Groups<S> keys, float* scores)
   for (int g = 0; g < GROUPS; g += SCORE_GROUPS) score_groups<T, S, ROWS, SCORE_GROUPS>(q, steps, keys, g, scores);
 }
 
-// out[r] = (out[r] * shrink[r] + p[r] . values) * grow[r], over `count` tokens (a multiple of N), columns
+// out[r] = (out[r] * rescale[r] + p[r] . values) * correction[r], over `count` tokens (a multiple of N), columns
 // from `first` on.
 template <class T, class S, int ROWS, int VECS>
 VC_INLINE void weigh_columns(const T* p, int count, Groups<S> values, int64_t stride, int64_t first,
-                             const float* shrink, const float* grow, float* out) {
+                             const float* rescale, const float* correction, float* out) {
   constexpr int N = Pairs<T>::N;
   Vec sums[ROWS][VECS];
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < VECS; v++) sums[r][v] = load(out + r * stride + first + v * W) * shrink[r];
+    for (int v = 0; v < VECS; v++) sums[r][v] = load(out + r * stride + first + v * W) * rescale[r];
   for (int j = 0; j < count; j += N) {
     const int64_t at = (j % LANES) * stride + first * N;
     typename Meet<T, S>::Lane b[VECS];
@@ -109,17 +107,17 @@ VC_INLINE void weigh_columns(const T* p, int count, Groups<S> values, int64_t st
     }
   }
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < VECS; v++) store(out + r * stride + first + v * W, sums[r][v] * grow[r]);
+    for (int v = 0; v < VECS; v++) store(out + r * stride + first + v * W, sums[r][v] * correction[r]);
 }
 
 template <class T, class S, int ROWS>
-void weigh_rows(const T* p, int count, Groups<S> values, int64_t stride, const float* shrink, const float* grow,
+void weigh_rows(const T* p, int count, Groups<S> values, int64_t stride, const float* rescale, const float* correction,
                 float* out) {
   constexpr int WIDE = MEET_ROWS == 6 ? 4 : 2;
   int64_t d = 0;
   for (; d + WIDE * W <= stride; d += WIDE * W)
-    weigh_columns<T, S, ROWS, WIDE>(p, count, values, stride, d, shrink, grow, out);
-  for (; d < stride; d += W) weigh_columns<T, S, ROWS, 1>(p, count, values, stride, d, shrink, grow, out);
+    weigh_columns<T, S, ROWS, WIDE>(p, count, values, stride, d, rescale, correction, out);
+  for (; d < stride; d += W) weigh_columns<T, S, ROWS, 1>(p, count, values, stride, d, rescale, correction, out);
 }
 
 #define VC_BY_ROWS(rows, call)                    \

@@ -23,7 +23,7 @@ constexpr int64_t FIRST_LOOK = 64;  // how many of the largest blocks top-p look
 
 // Where the weights of a row come from.
 struct Scale {
-  float best, coldness;
+  float best, inverse_temperature;
 };
 
 // The first place at which a sum in descending order exceeds something: the key there, the sum of what
@@ -76,15 +76,15 @@ VC_INLINE float number_of(uint32_t key) {
 VC_INLINE int64_t clamped(int64_t index, int64_t count) {
   return index < 0 ? 0 : index < count ? index : count - 1;
 }
-VC_INLINE float as_float(int32_t bits) {
+VC_INLINE float float_of_bits(int32_t bits) {
   float out;
   std::memcpy(&out, &bits, 4);
   return out;
 }
 
-// How far below the best, in units of the temperature; NaN where infinity meets a coldness of 0.
+// How far below the best, in units of the temperature; NaN where infinity meets an inverse temperature of 0.
 template <class X>
-VC_INLINE X distance(X x, Scale s) { return rounded((s.best - flushed(x)) * s.coldness); }
+VC_INLINE X distance(X x, Scale s) { return rounded((s.best - flushed(x)) * s.inverse_temperature); }
 
 // round(e^-distance * 2^27), 0 for NaN. The power is nearly always the float32 next to the true one:
 // what is rounded off the reduced argument and off 1 + r is added to the small terms.
@@ -299,10 +299,10 @@ struct Filters {
 
   Filters(const int32_t* params, int64_t size) {
     top_k = params[vc::TOP_K] > 0 && params[vc::TOP_K] < size ? params[vc::TOP_K] : 0;
-    const float top_p = as_float(params[vc::TOP_P]);
+    const float top_p = float_of_bits(params[vc::TOP_P]);
     share = top_p < 1 ? static_cast<uint32_t>(std::nearbyint((top_p > 0 ? top_p : 0) * (1 << SHARE))) : 1 << SHARE;
     share = share ? share : 1;  // the best token stays
-    gap = as_float(params[vc::MIN_P_GAP]);
+    gap = float_of_bits(params[vc::MIN_P_GAP]);
     gap = gap > 0x1p-126f ? gap : 0x1p-126f;
   }
   bool has_top_p() const { return share < 1 << SHARE; }
@@ -347,7 +347,7 @@ inline int32_t draw_filtered(const float* x, int64_t size, Scale s, const Filter
 inline void sample_row(const vc::Sample& a, int64_t row) {
   const float* x = a.x + row * a.size;
   const int32_t* params = a.params + row * a.params_stride;
-  const float temperature = as_float(params[vc::TEMPERATURE]);
+  const float temperature = float_of_bits(params[vc::TEMPERATURE]);
   float best;
   if (!(temperature >= 0x1p-126f)) {
     largest_of_row(x, a.size, a.token + row, &best);
@@ -365,8 +365,8 @@ inline void sample_row(const vc::Sample& a, int64_t row) {
   a.fault[row] = !std::isfinite(best);
   a.token[row] = 0;
   if (a.fault[row]) return;
-  const float coldness = 1.0f / temperature;
-  const Scale s = {flushed(best), coldness >= 0x1p-126f ? coldness : 0.0f};
+  const float inverse_temperature = 1.0f / temperature;
+  const Scale s = {flushed(best), inverse_temperature >= 0x1p-126f ? inverse_temperature : 0.0f};
   const auto word_of = [&](int column) { return static_cast<uint32_t>(params[column]); };
   const uint32_t word = uniform(static_cast<uint32_t>(a.positions[row]), word_of(vc::SEQUENCE_INDEX),
                                 word_of(vc::SEED_LOW), word_of(vc::SEED_HIGH));

@@ -106,6 +106,8 @@ VC_INLINE float to_float(bf16 x) {
   return out;
 }
 
+VC_INLINE float to_float(float x) { return x; }
+
 // To the nearest, ties to even; NaN stays NaN.
 VC_INLINE bf16 to_bf16(float x) {
   uint32_t bits;
