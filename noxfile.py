@@ -1,5 +1,5 @@
 """The only place that knows how to run things: demo, tests, kernels, lint, types, conformance,
-smoke, matrix, support, bench, build, wheel_cpu.
+smoke, matrix, support, bench, build, compile_tpu, wheel_cpu.
 
 Knows: what each session installs and calls. Does not know: what the commands do.
 """
@@ -160,6 +160,15 @@ def build(session: nox.Session) -> None:
     session.run("python", "-m", "pip", "wheel", "--no-deps", "--wheel-dir", "dist", *DISTRIBUTIONS)
     for wheel in sorted((ROOT / "dist").glob("*.whl")):
         session.log(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1024:.0f} KiB")
+
+
+@nox.session
+def compile_tpu(session: nox.Session) -> None:
+    """The TPU backend's kernels and whole steps by the real compiler, without a TPU, against the
+    budgets: `-- --quick` for two kernels per chip, `-- --update-budgets` to allow what is now."""
+    install(session, "-e", ".", "-e", "backends/tpu[device]")
+    output = ("--output", str(ROOT / "build" / "compile_tpu"))
+    session.run("python", "-m", "vllm_core_tpu.compile", *output, *session.posargs)
 
 
 @nox.session

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 
 from vllm_core.errors import BackendError, OutOfMemory, VllmCoreError
 
+REPORT = "please report it with the versions of jax and libtpu"
 FEWER_BYTES = {
     "hbm": "lower kv_cache_memory (or num_kv_blocks), max_num_batched_tokens or max_num_seqs",
-    "vmem": "lower block_size; if it is at its least, the kernel takes too much of a step at a "
-    "time: please report it",
+    "vmem": "lower block_size, and if it is at its least, " + REPORT,
     "smem": "block tables are held there: lower max_model_len or max_num_seqs, or raise block_size",
 }
 """What to change, by the memory that is full."""
-REPORT = "please report it with the versions of jax and libtpu"
 
 
 @contextmanager
@@ -74,35 +73,38 @@ def _size(num_bytes: str) -> str:
 
 def _not_taken(error: BaseException, text: str, what: str) -> BackendError | None:
     """Tiling, and operations that a kernel cannot have."""
-    mosaic = re.search(
-        r"Mosaic failed to compile TPU kernel.*?HLO name `([^`]*)`: (.*?)(?:\n|$)", text
-    )
+    mosaic = re.search(r"Mosaic failed to compile TPU kernel.*?HLO name `([^`]*)`: ([^\n]*)", text)
     if mosaic:
-        kernel, reason = mosaic[1], _sentences(mosaic[2])
-        shape = re.search(r"memref<([\dx]+x\w+)[^>]*>?[^:]*$", _operation(text))
-        cut = f" (a piece of {shape[1].replace('x', ' x ')})" if shape else ""
-        if "aligned to tiles" in reason:
+        kernel, reason = mosaic[1], mosaic[2]
+        unaligned = re.search(r"Failed to verify that the (.*?)\. ", reason)
+        if unaligned:
             return BackendError(
-                f"{what}: kernel {kernel} copies{cut} what does not start and end where the "
-                f"device's tiles do: {reason} Choose a block_size that is a multiple of 16; if it "
-                f"is one, {REPORT}"
+                f"{what}: a copy{_piece(text)} in kernel {kernel} cuts through the tiles of the "
+                f"device's memory, since not always the {unaligned[1]}; choose a block_size that "
+                f"is a multiple of 16, and if it is one, {REPORT}"
             )
-        return BackendError(f"{what}: the compiler declines kernel {kernel}: {reason} ({REPORT})")
-    if isinstance(error, NotImplementedError) or "Pallas TPU lowering" in text:
-        return BackendError(
-            f"{what}: no TPU does what a kernel asks: {_sentences(text)} ({REPORT})"
-        )
+        return BackendError(f"{what}: kernel {kernel} is declined: {_sentence(reason)}; {REPORT}")
+    if "Pallas TPU lowering" in text or (
+        isinstance(error, NotImplementedError) and _is_raised_by_jax(error)
+    ):
+        return BackendError(f"{what}: a kernel asks what no TPU does: {_sentence(text)}; {REPORT}")
     return None
 
 
-def _operation(text: str) -> str:
-    """The types in the compiler's line about the operation."""
-    found = re.search(r"The MLIR operation involved:\n(.*)", text)
-    return found[1] if found else ""
+def _piece(text: str) -> str:
+    """Type and shape of what the operation gives, in the compiler's line about it."""
+    found = re.search(r"The MLIR operation involved:\n.*-> memref<([\dx?]+)x(\w+)", text)
+    return f" of {found[2]}[{found[1].replace('x', ',')}]" if found else ""
 
 
-def _sentences(text: str) -> str:
-    """The first two, without advice for whoever writes the compiler."""
-    parts = re.split(r"(?<=\.)\s+", " ".join(text.split()))
-    kept = [part for part in parts if "assume_multiple" not in part and "issue" not in part]
-    return " ".join(kept[:2]).rstrip(".") + "."
+def _sentence(text: str) -> str:
+    """The first."""
+    return re.split(r"\.\s", " ".join(text.split()) + " ")[0].rstrip(".")
+
+
+def _is_raised_by_jax(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return str(module).startswith("jax.")

@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+[A-Z]{0,2}\s*: (>*) ?\{")
+ALL_BUNDLES = re.compile(r"-\d+-final_bundles\.txt$")
+ANALYSIS = re.compile(r"\d+-(.*)-\d+-schedule-analysis_final_bundles\.txt")
+TOP = "TLP"  # the program that calls all others
+PALLAS = 'custom_call_target="tpu_custom_call"'
 SPILL = re.compile(r"(vst|vld)[^;]*_spill")
 BUFFER = re.compile(r"#allocation\d+ \[.*space=vmem, size = (0x[0-9a-f]+), offset")
+NOTHING = "the compiler left no schedule; its flags may have changed"
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,30 @@ def read(folder: Path, kernel: str) -> Schedule | None:
         spills=len(SPILL.findall(text)),
         vmem=sum(_buffers(buffers)),
         units=_units(use, inner) if use else {},
+    )
+
+
+def kernels(folder: Path) -> list[str]:
+    """Names of the Pallas kernels that were compiled; what is alike stands here once."""
+    found = ((ANALYSIS.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
+    names = [name[1] for name, path in found if name and PALLAS in path.read_text()]
+    return [name for name in names if name != TOP]
+
+
+def read_program(folder: Path) -> Schedule | None:
+    """All that a program runs, what is alike once: bundles and spills of everything, turns of its
+    kernels, and the VMEM of the kernel that takes most. None where a kernel has no schedule."""
+    found = [read(folder, kernel) for kernel in kernels(folder)]
+    known = [schedule for schedule in found if schedule is not None]
+    if not known or len(known) < len(found):
+        return None
+    texts = [path.read_text() for path in folder.iterdir() if ALL_BUNDLES.search(path.name)]
+    return Schedule(
+        bundles=sum(1 for text in texts for line in text.splitlines() if BUNDLE.match(line)),
+        turn=sum(schedule.turn for schedule in known),
+        spills=sum(len(SPILL.findall(text)) for text in texts),
+        vmem=max(schedule.vmem for schedule in known),
+        units={},
     )
 
 

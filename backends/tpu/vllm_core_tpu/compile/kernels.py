@@ -9,10 +9,10 @@ Knows: how the seam's plan and attention are traced, the compiler. Does not know
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,22 +52,22 @@ def attention_of(kind: Kind, step: str) -> tuple[Any, tuple[Any, ...], Any]:
     rows = key.rows + 1
     state = DeviceState(
         tables=jax.eval_shape(lambda: tables.alloc(key.rows, key.widths)),
-        num_tokens=_array(rows),
-        last_token=_array(rows),
-        params=_array(rows, NUM_COLUMNS),
-        history=_array(1, CONTEXT),
-        bias=_array(1, VOCAB, dtype="float32"),
+        num_tokens=array(rows),
+        last_token=array(rows),
+        params=array(rows, NUM_COLUMNS),
+        history=array(1, CONTEXT),
+        bias=array(1, VOCAB, dtype="float32"),
     )
-    plan = jax.eval_shape(plan_of, state, _array(*layout.template().shape))
+    plan = jax.eval_shape(plan_of, state, array(*layout.template().shape))
     cache = (BLOCKS, *attention.block_shape(group))
-    new = _array(key.tokens, kind.kv_heads, kind.dim, dtype=kind.dtype)
-    q = _array(key.tokens, spec.num_q_heads, kind.dim, dtype=kind.dtype)
-    sinks = _array(spec.num_q_heads, dtype="float32") if kind.sinks else None
+    new = array(key.tokens, kind.kv_heads, kind.dim, dtype=kind.dtype)
+    q = array(key.tokens, spec.num_q_heads, kind.dim, dtype=kind.dtype)
+    sinks = array(spec.num_q_heads, dtype="float32") if kind.sinks else None
     kv = (jax.ShapeDtypeStruct(cache, attention.storage(group)),)  # type: ignore[no-untyped-call]
-    return attend, (kv, _array(), q, new, new, plan, sinks), plan.static
+    return attend, (kv, array(), q, new, new, plan, sinks), plan.static
 
 
-def _array(*shape: int, dtype: str = "int32") -> Any:
+def array(*shape: int, dtype: str = "int32") -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))  # type: ignore[no-untyped-call]
 
 
@@ -82,18 +82,11 @@ def compiled(function: Any, arguments: tuple[Any, ...], donated: Any, sharding: 
     return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
-def pallas_kernels(program: Any) -> list[str]:
-    """Their names in the program."""
-    pattern = r'%(\S+) = .*custom_call_target="tpu_custom_call"'
-    return re.findall(pattern, program.as_text())
-
-
-def facts(kind: Kind, step: str, target: str, dump: Path) -> dict[str, Any]:
+def facts(kind: str, step: str, target: str, dump: Path) -> dict[str, Any]:
     """What the compiler says of one configuration: bytes, bundles."""
-    name = f"{kind.name} {step} on {target}"
     start = time.perf_counter()
-    with compiling(name):
-        attend, arguments, static = attention_of(kind, step)
+    with compiling(f"{kind} {step} on {target}"):
+        attend, arguments, static = attention_of(configurations.find(kind), step)
         program = compiled(attend, arguments, 0, targets.sharding(target))
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
@@ -104,26 +97,29 @@ def facts(kind: Kind, step: str, target: str, dump: Path) -> dict[str, Any]:
         "queries": static.shape.queries,
         "seconds": round(seconds, 1),
     }
-    (kernel,) = pallas_kernels(program)
-    schedule = dumps.read(dump, kernel)
+    names = dumps.kernels(dump)
+    schedule = dumps.read(dump, names[0]) if len(names) == 1 else None
     if schedule is None:
-        found["error"] = "the compiler left no schedule; its flags may have changed"
-    else:
-        found |= asdict(schedule)
-    return found
+        return found | {"error": dumps.NOTHING}
+    return found | asdict(schedule)
 
 
-def main(target: str, dump: Path, work: list[str]) -> None:
+def serve(
+    facts_of: Callable[..., dict[str, Any]], target: str, dump: Path, work: list[str]
+) -> None:
+    """Prints facts_of(kind, step, target, dump) for each "kind:step" as a line of JSON."""
     for item in work:
         kind, step = item.split(":")
         try:
-            found = facts(configurations.find(kind), step, target, dump)
+            found = facts_of(kind, step, target, dump)
         except VllmCoreError as error:
             found = {"error": f"{type(error).__name__}: {error}"}
+        except Exception as error:  # the others are compiled all the same
+            found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
         print(json.dumps({"kind": kind, "step": step, "target": target} | found), flush=True)
-        for path in dump.iterdir():  # tens of MB each
+        for path in dump.iterdir():  # megabytes, and names that come again
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    serve(facts, sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

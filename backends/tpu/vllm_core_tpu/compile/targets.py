@@ -32,7 +32,8 @@ def environment(dump: Path | None = None) -> dict[str, str]:
     """What a process must be started with; `dump`: where the compiler leaves its schedules."""
     if dump is None:
         return dict(ENVIRONMENT)
-    flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_mosaic_dump_to={dump}"
+    passes = "--xla_jf_dump_llo_pass_label_regex=(final_bundles|final_hlo|post-delay-converter).*"
+    flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true {passes}"
     return {**ENVIRONMENT, "LIBTPU_INIT_ARGS": flags}
 
 
