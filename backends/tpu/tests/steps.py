@@ -36,6 +36,8 @@ class Case:
     lse: bool = False
     layers: int = 2
     seed: int = 0
+    spoiled: bool = False
+    """The first query is NaN."""
 
     def run(
         self, attention: JaxAttention, layer: int = 1
@@ -99,6 +101,8 @@ class Case:
             return attention.attend(kv, layer, q, k, v, plan, sinks=sinks, return_lse=self.lse)
 
         q, k, v = (draw(tokens, n, self.dim) for n in (self.heads, self.kv_heads, self.kv_heads))
+        if self.spoiled:
+            q[0] = np.nan
         out, lse, kv = jax.jit(layer_of)(kv, q, k, v)
         exported = attention.export_blocks(kv, group, ids)
         return (

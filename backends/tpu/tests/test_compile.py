@@ -1,3 +1,5 @@
+"""Budgets, the compiler's files, the command; with libtpu the real compiler too."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""What the compiler refuses, in our words; with libtpu the real refusals too."""
+
 from __future__ import annotations
 
 import os

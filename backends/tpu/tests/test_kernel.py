@@ -58,6 +58,13 @@ def test_it_computes_what_the_binding_computes(name: str, mode: str) -> None:
         assert not interpreter.races.races_found  # type: ignore[union-attr]
 
 
+def test_a_query_that_is_no_number_has_no_number_for_its_lse() -> None:
+    """-inf would say that it saw nothing."""
+    out, lse, _ = Case(((20, 2), (9, 1)), 2, 1, 64, 16, lse=True, spoiled=True).run(tpu())
+    assert lse is not None and np.isnan(lse[0]).all() and np.isnan(out[0]).all()
+    assert np.isfinite(lse[1:]).all() and np.isfinite(out[1:]).all()
+
+
 @pytest.mark.parametrize("name", ["decode", "mixed, padded"])
 def test_keys_that_are_met_before_their_copy_ended_are_caught(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ Knows: the kernel's layout, plans. Does not know: models, who owns a block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +95,7 @@ class TpuAttention(JaxAttention):
             return super().unpack(group, blocks)
         x = np.transpose(blocks, (1, 0, 3, 2, 4))
         dim = group.spec.dim_qk
-        if 2 * dim <= LANES:
+        if kernel.is_packed(dim):
             return {"k": x[..., :dim].copy(), "v": x[..., dim : 2 * dim].copy()}
         return {"k": x[..., 0::2, :dim].copy(), "v": x[..., 1::2, :dim].copy()}
 
@@ -154,13 +154,12 @@ class TpuAttention(JaxAttention):
         if return_lse and sinks is not None:
             raise InvalidArgument("return_lse with sinks: merge applies the sink, once")
         place, shape, pool = plan.arrays, plan.static.shape, plan.group.pool
-        shape = kernel.with_outputs(shape, sinks is not None, return_lse)
+        shape = replace(shape, sinks=sinks is not None, lse=return_lse)
         cache = kv[pool]
         heads, group, dim = shape.kv_heads, shape.group, shape.dim
         dtype = cache.dtype
-        new = _in_planes(jnp, k.astype(dtype), v.astype(dtype))[
-            place.new
-        ]  # [W, TILE, planes, lanes]
+        # [W, TILE, planes, lanes]
+        new = _in_planes(jnp, k.astype(dtype), v.astype(dtype))[place.new]
         units, queries = place.token.shape
         grouped = q.astype(dtype).reshape(-1, heads, group, dim)[place.token]  # [I, Q, Hkv, G, D]
         grouped = jnp.moveaxis(grouped, 2, 1).reshape(units, heads, queries * group, dim)
@@ -201,7 +200,7 @@ def _in_planes(xp: Any, k: Any, v: Any) -> Any:
     """[..., Hkv, D] twice -> [..., planes, lanes]; lanes without a value are 0."""
     heads, dim = k.shape[-2:]
     lanes = kernel.planes(heads, dim)[1]
-    if 2 * dim <= LANES:
+    if kernel.is_packed(dim):
         both = xp.concatenate((k, v), -1)
     else:
         both = xp.stack((k, v), -2).reshape(*k.shape[:-2], 2 * heads, dim)

@@ -17,7 +17,7 @@ Knows: this layout, visibility, asynchronous copies. Does not know: who owns a b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class Shape:
     @property
     def is_packed(self) -> bool:
         """K beside V in one plane."""
-        return 2 * self.dim <= LANES
+        return is_packed(self.dim)
 
     @property
     def planes(self) -> int:
@@ -76,14 +76,14 @@ class Shape:
         return planes(self.kv_heads, self.dim)[1]
 
 
-def with_outputs(shape: Shape, sinks: bool, lse: bool) -> Shape:
-    """The same kernel with sinks as an input, with LSE as an output."""
-    return replace(shape, sinks=sinks, lse=lse)
+def is_packed(dim: int) -> bool:
+    """Whether K and V of one head fit the lanes of a register together."""
+    return 2 * dim <= LANES
 
 
 def planes(kv_heads: int, dim: int) -> tuple[int, int]:
     """(planes, lanes of one) of a block."""
-    if 2 * dim <= LANES:
+    if is_packed(dim):
         return kv_heads, LANES
     return 2 * kv_heads, -(-dim // LANES) * LANES
 
@@ -363,7 +363,7 @@ def _finish(
     for head in range(shape.kv_heads):
         largest, weight, x = top[head], total[head], sums[head]
         if lse is not None:
-            lse[0, head] = jnp.where(weight > 0, largest + jnp.log(weight), -jnp.inf)
+            lse[0, head] = jnp.where(weight == 0, -jnp.inf, largest + jnp.log(weight))
         if sinks is not None:
             sink = sinks[head]
             both = jnp.maximum(largest, sink)
